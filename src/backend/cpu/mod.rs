@@ -1,0 +1,183 @@
+//! The CPU backend: rayon over (segment, tile), the pool passed by value, no globals, no environment.
+//!
+//! It is the fallback everywhere and the reference that kernels are held to. Every reduction has a fixed
+//! order, so results do not depend on the number of threads.
+
+mod attend;
+mod key_scores;
+mod lag;
+mod pool;
+mod rows;
+mod top_k;
+mod value_norm;
+mod window_attention;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+
+use super::ops::{Attend, Lag, NormScale, Pool, Positional, TopK, WindowAttention};
+use super::{AttendView, Backend};
+use crate::dtype::Dtype;
+use crate::error::Result;
+use crate::ragged::Ragged;
+use crate::view::{LayerView, Storage};
+
+/// Borrowed elements on the host.
+#[derive(Debug, Clone, Copy)]
+pub enum HostSlice<'a> {
+    /// f32 elements.
+    F32(&'a [f32]),
+    /// f16 elements.
+    F16(&'a [f16]),
+    /// bf16 elements.
+    BF16(&'a [bf16]),
+}
+
+impl Storage for HostSlice<'_> {
+    fn dtype(&self) -> Dtype {
+        match self {
+            HostSlice::F32(_) => Dtype::F32,
+            HostSlice::F16(_) => Dtype::F16,
+            HostSlice::BF16(_) => Dtype::BF16,
+        }
+    }
+    fn elements(&self) -> usize {
+        match self {
+            HostSlice::F32(s) => s.len(),
+            HostSlice::F16(s) => s.len(),
+            HostSlice::BF16(s) => s.len(),
+        }
+    }
+}
+
+/// A layer view on the host.
+pub type HostLayer<'a> = LayerView<'a, HostSlice<'a>>;
+
+/// The CPU as a backend.
+#[derive(Clone, Default)]
+pub struct Cpu {
+    pool: Option<Arc<rayon::ThreadPool>>,
+}
+
+impl Cpu {
+    /// Uses the caller's current rayon pool (the global one outside any).
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Runs on `pool`.
+    pub fn with_pool(pool: Arc<rayon::ThreadPool>) -> Self {
+        Self { pool: Some(pool) }
+    }
+
+    fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        match &self.pool {
+            Some(pool) => pool.install(work),
+            None => work(),
+        }
+    }
+}
+
+impl Backend for Cpu {
+    type Storage<'a> = HostSlice<'a>;
+    type Floats = Ragged<f32>;
+    type Selection = Ragged<u32>;
+
+    fn zeros(&self, lens: &[u32]) -> Result<Ragged<f32>> {
+        Ok(Ragged::filled(lens.iter().map(|&n| n as usize), 0.0))
+    }
+    fn to_host(&self, rows: &Ragged<f32>) -> Result<Ragged<f32>> {
+        Ok(rows.clone())
+    }
+    fn from_host(&self, rows: Ragged<f32>) -> Result<Ragged<f32>> {
+        Ok(rows)
+    }
+    fn count_nan(&self, rows: &Ragged<f32>) -> Result<u64> {
+        Ok(rows.data().iter().filter(|x| x.is_nan()).count() as u64)
+    }
+
+    fn window_attention(
+        &self,
+        op: &WindowAttention,
+        layers: &[HostLayer<'_>],
+        out: &mut Ragged<f32>,
+        mean: Option<&mut Ragged<f32>>,
+    ) -> Result<()> {
+        self.run(|| window_attention::run(op, layers, out, mean))
+    }
+    fn pool(&self, op: &Pool<'_>, rows: &mut Ragged<f32>) -> Result<()> {
+        self.run(|| pool::run(op, rows))
+    }
+    fn value_norm(&self, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
+        self.run(|| value_norm::run(layers, out))
+    }
+    fn scale_norms(
+        &self,
+        op: NormScale,
+        layers: &[HostLayer<'_>],
+        norms: &mut Ragged<f32>,
+    ) -> Result<()> {
+        self.run(|| rows::scale_norms(op, layers, norms))
+    }
+    fn key_norm(&self, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
+        self.run(|| key_scores::key_norm(layers, out))
+    }
+    fn key_diff(&self, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
+        self.run(|| key_scores::key_diff(layers, out))
+    }
+    fn lag(&self, op: &Lag, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
+        self.run(|| lag::run(op, layers, out))
+    }
+    fn positional(
+        &self,
+        op: Positional,
+        layers: &[HostLayer<'_>],
+        out: &mut Ragged<f32>,
+    ) -> Result<()> {
+        self.run(|| key_scores::positional(op, layers, out))
+    }
+
+    fn floor_at_mean(&self, lens: &[u32], rows: &mut Ragged<f32>) -> Result<()> {
+        rows::floor_at_mean(lens, rows)
+    }
+    fn weigh(&self, epsilon: f32, norms: &Ragged<f32>, rows: &mut Ragged<f32>) -> Result<()> {
+        rows::weigh(epsilon, norms, rows)
+    }
+    fn mass_count(&self, threshold: f32, caps: &[u32], mass: &Ragged<f32>) -> Result<Vec<u32>> {
+        self.run(|| top_k::mass_count(threshold, caps, mass))
+    }
+    fn pin_top(&self, counts: &[u32], by: &Ragged<f32>, rows: &mut Ragged<f32>) -> Result<()> {
+        self.run(|| top_k::pin_top(counts, by, rows))
+    }
+    fn share_heads(&self, heads: &[usize], rows: &mut Ragged<f32>) -> Result<()> {
+        rows::share_heads(heads, rows)
+    }
+    fn coarsen(&self, units: &Ragged<Range<u32>>, rows: &Ragged<f32>) -> Result<Ragged<f32>> {
+        rows::coarsen(units, rows)
+    }
+
+    fn top_k(&self, op: &TopK<'_>, parts: &[&Ragged<f32>]) -> Result<Ragged<u32>> {
+        self.run(|| top_k::run(op, parts))
+    }
+    fn selected(&self, selection: &Ragged<u32>) -> Result<Vec<u32>> {
+        Ok(selection.lens().map(|n| n as u32).collect())
+    }
+    fn selection_to_host(&self, selection: &Ragged<u32>) -> Result<Ragged<u32>> {
+        Ok(selection.clone())
+    }
+    fn pick(&self, slots: &Ragged<u32>, rows: &Ragged<f32>) -> Result<Ragged<f32>> {
+        rows::pick(slots, rows)
+    }
+
+    fn attend(
+        &self,
+        op: &Attend,
+        sequences: &[AttendView<'_, HostSlice<'_>>],
+        out: &mut Ragged<f32>,
+        lse: Option<&mut Ragged<f32>>,
+    ) -> Result<()> {
+        self.run(|| attend::run(op, sequences, out, lse))
+    }
+}

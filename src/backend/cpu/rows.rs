@@ -1,0 +1,148 @@
+//! Elementwise and per-row operations on scores: cheap, memory bound, no tensor is read.
+
+use std::ops::Range;
+
+use super::HostLayer;
+use crate::backend::ops::NormScale;
+use crate::error::{Error, Result};
+use crate::ragged::Ragged;
+
+/// Checks the number of rows an operation was given.
+pub(super) fn expect_rows(what: &'static str, expected: usize, got: usize) -> Result<()> {
+    if expected == got {
+        return Ok(());
+    }
+    Err(Error::Shape { what, expected: expected as u64, got: got as u64 })
+}
+
+/// Checks that `rows` has one row per segment of the views, each as long as the segment.
+pub(super) fn expect_segments(layers: &[HostLayer<'_>], rows: &Ragged<f32>) -> Result<()> {
+    let lens = layers.iter().flat_map(|l| (0..l.shape().kv_heads()).map(|h| l.k().len(h)));
+    expect_rows("score rows (segments)", lens.clone().count(), rows.rows())?;
+    for (expected, got) in lens.zip(rows.lens()) {
+        expect_rows("scores of a segment", expected, got)?;
+    }
+    Ok(())
+}
+
+pub(super) fn scale_norms(
+    op: NormScale,
+    layers: &[HostLayer<'_>],
+    norms: &mut Ragged<f32>,
+) -> Result<()> {
+    expect_segments(layers, norms)?;
+    let mut first = 0;
+    for layer in layers {
+        let segments = first..first + layer.shape().kv_heads();
+        first = segments.end;
+        match op {
+            NormScale::None => {}
+            NormScale::Layer => {
+                let sum: f64 = segments
+                    .clone()
+                    .map(|s| norms.row(s).iter().map(|&x| f64::from(x)).sum::<f64>())
+                    .sum();
+                let factor = reciprocal(sum);
+                for s in segments {
+                    norms.row_mut(s).iter_mut().for_each(|x| *x = (f64::from(*x) * factor) as f32);
+                }
+            }
+            NormScale::Heads => {
+                // By position, since the heads of a compressed cache hold different ones.
+                let position = |s: usize, slot: usize| match layer.positions() {
+                    Some(p) => p[s - segments.start][slot].index(),
+                    None => slot,
+                };
+                let mut sums = vec![0f64; layer.tokens() as usize];
+                for s in segments.clone() {
+                    for (slot, &x) in norms.row(s).iter().enumerate() {
+                        sums[position(s, slot)] += f64::from(x);
+                    }
+                }
+                for s in segments.clone() {
+                    for (slot, x) in norms.row_mut(s).iter_mut().enumerate() {
+                        *x = (f64::from(*x) * reciprocal(sums[position(s, slot)])) as f32;
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// `1 / x`, and 0 for 0: a head without values has no norm to share out.
+fn reciprocal(x: f64) -> f64 {
+    if x == 0.0 { 0.0 } else { 1.0 / x }
+}
+
+pub(super) fn floor_at_mean(lens: &[u32], rows: &mut Ragged<f32>) -> Result<()> {
+    expect_rows("floored lengths", rows.rows(), lens.len())?;
+    for (s, &len) in lens.iter().enumerate() {
+        let row = &mut rows.row_mut(s)[..len as usize];
+        if row.is_empty() {
+            continue;
+        }
+        let mean = (row.iter().map(|&x| f64::from(x)).sum::<f64>() / row.len() as f64) as f32;
+        for x in row {
+            // Written so that NaN stays NaN.
+            if *x < mean {
+                *x = mean;
+            }
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn weigh(epsilon: f32, norms: &Ragged<f32>, rows: &mut Ragged<f32>) -> Result<()> {
+    expect_rows("value norms", rows.rows(), norms.rows())?;
+    for s in 0..rows.rows() {
+        expect_rows("value norms of a segment", rows.len(s), norms.len(s))?;
+        for (x, &norm) in rows.row_mut(s).iter_mut().zip(norms.row(s)) {
+            *x = (*x + epsilon) * norm;
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn share_heads(heads: &[usize], rows: &mut Ragged<f32>) -> Result<()> {
+    expect_rows("heads of the views", heads.iter().sum(), rows.rows())?;
+    let mut first = 0;
+    for &n in heads {
+        let segments = first..first + n;
+        first = segments.end;
+        let len = rows.len(segments.start);
+        let mut sum = vec![0f32; len];
+        for s in segments.clone() {
+            expect_rows("length of heads that share a selection", len, rows.len(s))?;
+            sum.iter_mut().zip(rows.row(s)).for_each(|(a, &x)| *a += x);
+        }
+        for s in segments {
+            rows.row_mut(s).copy_from_slice(&sum);
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn coarsen(units: &Ragged<Range<u32>>, rows: &Ragged<f32>) -> Result<Ragged<f32>> {
+    expect_rows("units", rows.rows(), units.rows())?;
+    Ok(units
+        .iter()
+        .zip(rows.iter())
+        .map(|(units, row)| {
+            let mean = |u: &Range<u32>| {
+                let slots = &row[u.start as usize..u.end as usize];
+                slots.iter().sum::<f32>() / slots.len() as f32
+            };
+            units.iter().map(mean).collect::<Vec<_>>()
+        })
+        .collect())
+}
+
+pub(super) fn pick(slots: &Ragged<u32>, rows: &Ragged<f32>) -> Result<Ragged<f32>> {
+    expect_rows("picked segments", rows.rows(), slots.rows())?;
+    Ok(slots
+        .iter()
+        .zip(rows.iter())
+        .map(|(slots, row)| slots.iter().map(|&i| row[i as usize]).collect::<Vec<_>>())
+        .collect())
+}

@@ -1,0 +1,134 @@
+//! What a device must do, and the devices that do it.
+//!
+//! One method per operation; each has the same stem in `backend/cpu/`, in the naive f64 twin of the test
+//! kit and, with CUDA, in `kernels/`. No method knows a paper, no policy knows a device: they meet in the
+//! parameter structs of [`ops`]. Every operation takes many sequences at once: a slice of layer views,
+//! whose heads are the *segments*, view after view.
+//!
+//! All reductions have a fixed order: the same input gives the same bits whatever the number of threads.
+
+pub mod cpu;
+pub mod ops;
+
+use std::ops::Range;
+
+use crate::error::Result;
+use crate::ragged::Ragged;
+use crate::view::{LayerView, Rows, Storage};
+use ops::{Attend, Lag, NormScale, Pool, Positional, TopK, WindowAttention};
+
+/// The query rows, keys and values of one [`Backend::attend`] call for one sequence.
+#[derive(Debug, Clone, Copy)]
+pub struct AttendView<'a, S> {
+    /// Queries `[Hq, M, D]` of the newest `M` tokens.
+    pub q: Rows<'a, S>,
+    /// Keys `[H, len, D]`; the last `M` rows of each head belong to those tokens.
+    pub k: Rows<'a, S>,
+    /// Values `[H, len, D]`.
+    pub v: Rows<'a, S>,
+}
+
+/// A device. See the module documentation for the contract that all methods share.
+pub trait Backend: Send + Sync {
+    /// Borrowed tensor memory.
+    type Storage<'a>: Storage;
+    /// Owned f32 rows of different lengths: scores, norms, outputs.
+    type Floats: Send + Sync;
+    /// Selected slots of every segment, ascending.
+    type Selection: Send + Sync;
+
+    /// Zeroed rows.
+    fn zeros(&self, lens: &[u32]) -> Result<Self::Floats>;
+    /// Reads rows back.
+    fn to_host(&self, rows: &Self::Floats) -> Result<Ragged<f32>>;
+    /// Writes rows.
+    fn from_host(&self, rows: Ragged<f32>) -> Result<Self::Floats>;
+    /// Number of NaN.
+    fn count_nan(&self, rows: &Self::Floats) -> Result<u64>;
+
+    /// Attention of the last queries into `out`, `[H, len]` per view. With `mean`, also the mean over window
+    /// and group of the unpooled rows (zero inside the window), from the same pass.
+    fn window_attention(
+        &self,
+        op: &WindowAttention,
+        layers: &[LayerView<'_, Self::Storage<'_>>],
+        out: &mut Self::Floats,
+        mean: Option<&mut Self::Floats>,
+    ) -> Result<()>;
+    /// Smooths rows over neighbouring slots, in place.
+    fn pool(&self, op: &Pool<'_>, rows: &mut Self::Floats) -> Result<()>;
+    /// `mean_g ‖v · W_o[h·G + g]‖₁` per slot: an upper bound on what a value can move in the layer's output
+    /// (CriticalKV).
+    fn value_norm(
+        &self,
+        layers: &[LayerView<'_, Self::Storage<'_>>],
+        out: &mut Self::Floats,
+    ) -> Result<()>;
+    /// Divides norms in place; a zero divisor leaves zeros.
+    fn scale_norms(
+        &self,
+        op: NormScale,
+        layers: &[LayerView<'_, Self::Storage<'_>>],
+        norms: &mut Self::Floats,
+    ) -> Result<()>;
+    /// `-‖k‖₂` per slot (KNorm).
+    fn key_norm(
+        &self,
+        layers: &[LayerView<'_, Self::Storage<'_>>],
+        out: &mut Self::Floats,
+    ) -> Result<()>;
+    /// `-cos(k, mean of the head's unit keys)` per slot (KeyDiff).
+    fn key_diff(
+        &self,
+        layers: &[LayerView<'_, Self::Storage<'_>>],
+        out: &mut Self::Floats,
+    ) -> Result<()>;
+    /// LagKV scores; slots outside full partitions get 1.
+    fn lag(
+        &self,
+        op: &Lag,
+        layers: &[LayerView<'_, Self::Storage<'_>>],
+        out: &mut Self::Floats,
+    ) -> Result<()>;
+    /// Scores that need positions only.
+    fn positional(
+        &self,
+        op: Positional,
+        layers: &[LayerView<'_, Self::Storage<'_>>],
+        out: &mut Self::Floats,
+    ) -> Result<()>;
+
+    /// Raises the first `lens[s]` entries of each row to at least their mean (DefensiveKV's prior).
+    fn floor_at_mean(&self, lens: &[u32], rows: &mut Self::Floats) -> Result<()>;
+    /// `rows = (rows + epsilon) · norms`, elementwise.
+    fn weigh(&self, epsilon: f32, norms: &Self::Floats, rows: &mut Self::Floats) -> Result<()>;
+    /// For each row, the smallest number of its largest entries that sums to `threshold - (1 - sum)`:
+    /// entries are attention mass, what they lack to 1 is mass already safe. At most `caps[s]`.
+    fn mass_count(&self, threshold: f32, caps: &[u32], mass: &Self::Floats) -> Result<Vec<u32>>;
+    /// Sets `rows` to +∞ where `by` has its `counts[s]` best entries (order of [`TopK`]).
+    fn pin_top(&self, counts: &[u32], by: &Self::Floats, rows: &mut Self::Floats) -> Result<()>;
+    /// Replaces the rows of each view by their sum over its heads, which must have equal lengths.
+    fn share_heads(&self, heads: &[usize], rows: &mut Self::Floats) -> Result<()>;
+    /// Mean over each unit of consecutive slots.
+    fn coarsen(&self, units: &Ragged<Range<u32>>, rows: &Self::Floats) -> Result<Self::Floats>;
+
+    /// Exact selection over the segments of all `parts`, numbered part after part.
+    fn top_k(&self, op: &TopK<'_>, parts: &[&Self::Floats]) -> Result<Self::Selection>;
+    /// Slots selected in each segment.
+    fn selected(&self, selection: &Self::Selection) -> Result<Vec<u32>>;
+    /// Reads a selection back.
+    fn selection_to_host(&self, selection: &Self::Selection) -> Result<Ragged<u32>>;
+    /// The entries of `rows` at the given slots.
+    fn pick(&self, slots: &Ragged<u32>, rows: &Self::Floats) -> Result<Self::Floats>;
+
+    /// Softmax attention of the newest `M` tokens, causal among themselves: query `i` of a head sees all
+    /// but the last `M - 1 - i` slots. `out` has `Hq` rows of `M·D` per sequence; `lse`, if given, `Hq`
+    /// rows of `M`. Allocates nothing.
+    fn attend(
+        &self,
+        op: &Attend,
+        sequences: &[AttendView<'_, Self::Storage<'_>>],
+        out: &mut Self::Floats,
+        lse: Option<&mut Self::Floats>,
+    ) -> Result<()>;
+}

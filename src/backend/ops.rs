@@ -1,0 +1,138 @@
+//! Parameters of the backend operations: plain data, no device and no paper.
+//!
+//! A *segment* is one KV head of one layer of one sequence. Operations over several layer views number
+//! their segments view after view, head after head.
+
+use std::ops::Range;
+
+use crate::ragged::Ragged;
+
+/// How several values become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "lowercase")
+)]
+pub enum Reduce {
+    /// Arithmetic mean.
+    Mean,
+    /// Largest.
+    Max,
+}
+
+/// What a pooling window computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "lowercase")
+)]
+pub enum Pooling {
+    /// Mean with zero padding and a divisor that is always the kernel size, as `avg_pool1d` has it.
+    Avg,
+    /// Maximum; windows shrink at the edges.
+    Max,
+}
+
+/// Attention of the last queries, reduced to one score per slot.
+///
+/// `P[hq, w, t] = softmax_t(q[hq, w] · k[t] / √D)` over all slots visible to the query (causal by
+/// position, window slots included in the denominator), then reduced over `w` and over the group.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct WindowAttention {
+    /// Query rows used: the last ones of the observation.
+    pub window: u32,
+    /// Reduction over the query rows, first.
+    pub over_window: Reduce,
+    /// Reduction over the query heads that share a KV head, second.
+    pub over_group: Reduce,
+    /// Average-pool every row over the past slots with this odd kernel, then scale the row back to the mass
+    /// it had (DefensiveKV, lines 5 and 6 of its code).
+    pub row_pool: Option<u32>,
+    /// Also score the slots inside the window. Otherwise they get 0, and pooling sees only the past.
+    pub score_window: bool,
+}
+
+/// Smoothing over neighbouring slots.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Pool<'a> {
+    /// Mean or maximum.
+    pub kind: Pooling,
+    /// Odd window size, centred.
+    pub kernel: u32,
+    /// Slots of each segment that take part: the first ones.
+    pub lens: &'a [u32],
+}
+
+/// LagKV: variation of keys and values within a partition, scaled by the next partition's range.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Lag {
+    /// Slots at the start that are not partitioned.
+    pub sinks: u32,
+    /// Slots per partition.
+    pub lag: u32,
+    /// Compare raw scores across partitions instead of ranks inside each.
+    pub cross_scoring: bool,
+}
+
+/// Scores without looking at tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Positional {
+    /// The slot's position: later is better.
+    Recency,
+    /// Uniform in [0, 1), a function of seed, layer, head and position alone.
+    Random {
+        /// The seed.
+        seed: u64,
+        /// Layer number of the views (all views of a call belong to the same layer).
+        layer: u32,
+    },
+}
+
+/// What value norms are divided by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "lowercase")
+)]
+pub enum NormScale {
+    /// Nothing.
+    None,
+    /// The sum over all slots of the layer (DefensiveKV, Alg. 2).
+    Layer,
+    /// The sum over the layer's heads at the same position (DefensiveKV's code).
+    Heads,
+}
+
+/// Segments that compete for one budget.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Contest {
+    /// The segments, consecutive.
+    pub segments: Range<usize>,
+    /// Slots to select, at most the sum of the segments' lengths.
+    pub budget: u64,
+    /// Slots that each segment gets before the rest is contested: one per segment, at most its length.
+    pub floors: Vec<u64>,
+}
+
+/// Exact selection of the best slots. Order: protected first, then score descending (`-0 = +0`, NaN
+/// lowest), then segment ascending, then slot ascending.
+///
+/// In each contest, every segment keeps its `floor` best; the rest of the budget goes to the best of
+/// what is left of all. Output slots ascend within each segment.
+#[derive(Debug, Clone, Copy)]
+pub struct TopK<'a> {
+    /// Contests over disjoint, ascending segment ranges that cover all segments.
+    pub contests: &'a [Contest],
+    /// Slot ranges of each segment that come first, disjoint and ascending.
+    pub protected: &'a Ragged<Range<u32>>,
+}
+
+/// Attention of the newest tokens over what their heads still hold.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Attend {
+    /// Factor on `q · k`, usually `1 / √D`.
+    pub scale: f32,
+}

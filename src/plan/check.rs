@@ -1,0 +1,267 @@
+//! The independent checker: does a plan keep its promises?
+//!
+//! It shares no code with the planners: plain loops over plain data, so that a bug in selection or
+//! apportionment cannot hide itself here. It proves that
+//!
+//! 1. the plan fits the geometry, and its own sums of slots and bytes are right;
+//! 2. positions strictly ascend, lie below the token count, and were held before;
+//! 3. the slots are exactly `min(budget, available)`; with units (pages, chunks) never more, and less only by
+//!    less than one unit per head;
+//! 4. every head keeps a slot, unless the budget is smaller than the number of heads that hold any;
+//! 5. what is protected is kept, unless the report says that the budget was too small for it;
+//! 6. units are kept or freed whole.
+//!
+//! It does not judge whether the kept slots are the best ones: that is the oracle's work in the tests.
+
+use std::ops::Range;
+
+use super::Plan;
+use crate::budget::Budget;
+use crate::geometry::Geometry;
+use crate::ids::{KvHead, LayerId, Position};
+use crate::ragged::Ragged;
+
+/// What a plan must hold to, beside its own words.
+#[derive(Debug, Clone, Default)]
+pub struct Promise<'a> {
+    /// The budget; without one the plan's own is taken at its word.
+    pub budget: Option<Budget>,
+    /// Positions held before, per layer and head; without them all below the token count.
+    pub held: Option<&'a [Ragged<Position>]>,
+    /// Position ranges that every head must keep.
+    pub protected: Vec<Range<u32>>,
+    /// Positions per unit (page, chunk); 0 and 1 mean single tokens.
+    pub unit: u32,
+}
+
+/// The first promise found broken, and where.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckError {
+    /// Number of layers.
+    #[error("expected {expected} layers, the plan has {got}")]
+    Layers {
+        /// Layers of the geometry.
+        expected: usize,
+        /// Layers of the plan.
+        got: usize,
+    },
+    /// Number of heads of a layer.
+    #[error("layer {layer}: expected {expected} heads, the plan has {got}")]
+    Heads {
+        /// The layer.
+        layer: LayerId,
+        /// Heads of the geometry.
+        expected: usize,
+        /// Heads of the plan.
+        got: usize,
+    },
+    /// Positions that do not strictly ascend.
+    #[error("layer {layer}, head {head}: position {got} does not come after {previous}")]
+    Order {
+        /// The layer.
+        layer: LayerId,
+        /// The head.
+        head: KvHead,
+        /// The position before.
+        previous: Position,
+        /// The position that breaks the order.
+        got: Position,
+    },
+    /// A position that the head did not hold.
+    #[error(
+        "layer {layer}, head {head}: position {got} is not among those held (tokens: {tokens})"
+    )]
+    NotHeld {
+        /// The layer.
+        layer: LayerId,
+        /// The head.
+        head: KvHead,
+        /// The position.
+        got: Position,
+        /// Tokens of the sequence.
+        tokens: u32,
+    },
+    /// Sums that do not add up.
+    #[error("{what}: the plan says {claimed}, its heads sum to {counted}")]
+    Sum {
+        /// Slots or bytes.
+        what: &'static str,
+        /// The plan's number.
+        claimed: u64,
+        /// The heads' sum.
+        counted: u64,
+    },
+    /// A budget that is not met.
+    #[error("the budget allows {budget} of {available} slots, the plan keeps {kept}")]
+    Budget {
+        /// Slots of the budget.
+        budget: u64,
+        /// Slots held before.
+        available: u64,
+        /// Slots kept.
+        kept: u64,
+    },
+    /// A head without a slot.
+    #[error("layer {layer}, head {head}: nothing kept, though the budget has a slot for each head")]
+    EmptyHead {
+        /// The layer.
+        layer: LayerId,
+        /// The head.
+        head: KvHead,
+    },
+    /// A protected position that was evicted.
+    #[error("layer {layer}, head {head}: protected position {position} is not kept")]
+    Unprotected {
+        /// The layer.
+        layer: LayerId,
+        /// The head.
+        head: KvHead,
+        /// The position.
+        position: Position,
+    },
+    /// A unit kept in part.
+    #[error("layer {layer}, head {head}: unit {unit} is kept in part ({kept} of {held} slots)")]
+    SplitUnit {
+        /// The layer.
+        layer: LayerId,
+        /// The head.
+        head: KvHead,
+        /// The unit: position / unit size.
+        unit: u32,
+        /// Slots kept of it.
+        kept: usize,
+        /// Slots held of it.
+        held: usize,
+    },
+}
+
+impl Plan {
+    /// Checks the plan against the geometry and the promises; the first one broken is the error.
+    pub fn check(&self, geometry: &Geometry, promise: &Promise<'_>) -> Result<(), CheckError> {
+        let shapes = geometry.layers();
+        if self.layers.len() != shapes.len() {
+            return Err(CheckError::Layers { expected: shapes.len(), got: self.layers.len() });
+        }
+        let unit = promise.unit.max(1);
+        let (mut kept_slots, mut kept_bytes, mut available) = (0u64, 0u64, 0u64);
+        let (mut holding_heads, mut empty_head) = (0u64, None);
+        for (l, shape) in shapes.iter().enumerate() {
+            let layer = LayerId(l as u32);
+            let heads = &self.layers[l];
+            if heads.rows() != shape.kv_heads() {
+                return Err(CheckError::Heads {
+                    layer,
+                    expected: shape.kv_heads(),
+                    got: heads.rows(),
+                });
+            }
+            for h in 0..heads.rows() {
+                let head = KvHead(h as u32);
+                let everything: Vec<Position>;
+                let held = match promise.held {
+                    Some(held) => held[l].row(h),
+                    None => {
+                        everything = (0..self.tokens).map(Position).collect();
+                        &everything
+                    }
+                };
+                let kept = heads.row(h);
+                self.check_head(layer, head, kept, held)?;
+                if self.report.protection_cut == 0 {
+                    check_protected(layer, head, kept, held, &promise.protected)?;
+                }
+                if unit > 1 {
+                    check_units(layer, head, kept, held, unit)?;
+                }
+                if kept.is_empty() && !held.is_empty() {
+                    empty_head.get_or_insert((layer, head));
+                }
+                holding_heads += u64::from(!held.is_empty());
+                kept_slots += kept.len() as u64;
+                kept_bytes += kept.len() as u64 * geometry.slot_bytes(layer);
+                available += held.len() as u64;
+            }
+        }
+        let sums = [("slots", self.slots, kept_slots), ("bytes", self.bytes, kept_bytes)];
+        for (what, claimed, counted) in sums {
+            if claimed != counted {
+                return Err(CheckError::Sum { what, claimed, counted });
+            }
+        }
+        let budget = promise.budget.unwrap_or(self.budget);
+        let budget = budget.resolve(geometry, u64::from(self.tokens)).min(available);
+        let slack = u64::from(unit - 1) * holding_heads.max(1);
+        if kept_slots > budget || kept_slots + slack < budget {
+            return Err(CheckError::Budget { budget, available, kept: kept_slots });
+        }
+        match empty_head {
+            Some((layer, head)) if budget >= holding_heads * u64::from(unit) => {
+                Err(CheckError::EmptyHead { layer, head })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check_head(
+        &self,
+        layer: LayerId,
+        head: KvHead,
+        kept: &[Position],
+        held: &[Position],
+    ) -> Result<(), CheckError> {
+        for pair in kept.windows(2) {
+            if pair[1] <= pair[0] {
+                return Err(CheckError::Order { layer, head, previous: pair[0], got: pair[1] });
+            }
+        }
+        // Both ascend: one walk over what was held finds every kept position or none.
+        let mut rest = held.iter();
+        for &got in kept {
+            if !rest.any(|&p| p == got) {
+                return Err(CheckError::NotHeld { layer, head, got, tokens: self.tokens });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_protected(
+    layer: LayerId,
+    head: KvHead,
+    kept: &[Position],
+    held: &[Position],
+    protected: &[Range<u32>],
+) -> Result<(), CheckError> {
+    for &position in held {
+        let wanted = protected.iter().any(|r| r.contains(&position.0));
+        if wanted && kept.binary_search(&position).is_err() {
+            return Err(CheckError::Unprotected { layer, head, position });
+        }
+    }
+    Ok(())
+}
+
+fn check_units(
+    layer: LayerId,
+    head: KvHead,
+    kept: &[Position],
+    held: &[Position],
+    size: u32,
+) -> Result<(), CheckError> {
+    let below = |list: &[Position], unit: u32| list.partition_point(|p| p.0 / size < unit);
+    let count = |list: &[Position], unit| below(list, unit + 1) - below(list, unit);
+    let mut checked = None;
+    for position in kept {
+        let unit = position.0 / size;
+        if checked == Some(unit) {
+            continue;
+        }
+        checked = Some(unit);
+        let (kept, held) = (count(kept, unit), count(held, unit));
+        if kept != held {
+            return Err(CheckError::SplitUnit { layer, head, unit, kept, held });
+        }
+    }
+    Ok(())
+}
