@@ -96,6 +96,16 @@ pub enum Error {
         /// What came.
         got: String,
     },
+    /// A name that nothing answers to.
+    #[error("unknown {what} {got:?}; known: {known}")]
+    UnknownName {
+        /// Of what kind.
+        what: &'static str,
+        /// What came.
+        got: String,
+        /// The names there are.
+        known: String,
+    },
     /// A budget that cannot be read or resolved.
     #[error("budget {got:?}: {expected}")]
     Budget {

@@ -71,13 +71,13 @@ impl<'a, S: Storage> Rows<'a, S> {
     /// Contiguous `[heads, len, dim]`.
     pub fn heads_first(storage: S, heads: u32, len: u32, dim: u32) -> Result<Self> {
         let row_stride = dim as usize;
-        let head_stride = (len as usize).checked_mul(row_stride).unwrap_or(usize::MAX);
+        let head_stride = (len as usize).saturating_mul(row_stride);
         Self::strided(storage, heads, len, dim, head_stride, row_stride)
     }
 
     /// Contiguous `[len, heads, dim]`.
     pub fn tokens_first(storage: S, heads: u32, len: u32, dim: u32) -> Result<Self> {
-        let row_stride = (heads as usize).checked_mul(dim as usize).unwrap_or(usize::MAX);
+        let row_stride = (heads as usize).saturating_mul(dim as usize);
         Self::strided(storage, heads, len, dim, dim as usize, row_stride)
     }
 

@@ -42,9 +42,13 @@ pub trait Backend: Send + Sync {
     /// Reads rows back.
     fn to_host(&self, rows: &Self::Floats) -> Result<Ragged<f32>>;
     /// Writes rows.
-    fn from_host(&self, rows: Ragged<f32>) -> Result<Self::Floats>;
-    /// Number of NaN.
-    fn count_nan(&self, rows: &Self::Floats) -> Result<u64>;
+    fn upload(&self, rows: Ragged<f32>) -> Result<Self::Floats>;
+    /// One list of rows out of several, in order.
+    fn concat(&self, parts: Vec<Self::Floats>) -> Result<Self::Floats>;
+    /// A copy of some of the rows.
+    fn slice(&self, rows: &Self::Floats, range: Range<usize>) -> Result<Self::Floats>;
+    /// NaN in each row.
+    fn count_nan(&self, rows: &Self::Floats) -> Result<Vec<u64>>;
 
     /// Attention of the last queries into `out`, `[H, len]` per view. With `mean`, also the mean over window
     /// and group of the unpooled rows (zero inside the window), from the same pass.
@@ -100,8 +104,8 @@ pub trait Backend: Send + Sync {
 
     /// Raises the first `lens[s]` entries of each row to at least their mean (DefensiveKV's prior).
     fn floor_at_mean(&self, lens: &[u32], rows: &mut Self::Floats) -> Result<()>;
-    /// `rows = (rows + epsilon) · norms`, elementwise.
-    fn weigh(&self, epsilon: f32, norms: &Self::Floats, rows: &mut Self::Floats) -> Result<()>;
+    /// `norms = (rows + epsilon) · norms`, elementwise.
+    fn weigh(&self, epsilon: f32, rows: &Self::Floats, norms: &mut Self::Floats) -> Result<()>;
     /// For each row, the smallest number of its largest entries that sums to `threshold - (1 - sum)`:
     /// entries are attention mass, what they lack to 1 is mass already safe. At most `caps[s]`.
     fn mass_count(&self, threshold: f32, caps: &[u32], mass: &Self::Floats) -> Result<Vec<u32>>;
@@ -112,8 +116,12 @@ pub trait Backend: Send + Sync {
     /// Mean over each unit of consecutive slots.
     fn coarsen(&self, units: &Ragged<Range<u32>>, rows: &Self::Floats) -> Result<Self::Floats>;
 
-    /// Exact selection over the segments of all `parts`, numbered part after part.
-    fn top_k(&self, op: &TopK<'_>, parts: &[&Self::Floats]) -> Result<Self::Selection>;
+    /// Exact selection over the given rows of all `parts`: segments are numbered part after part.
+    fn top_k(
+        &self,
+        op: &TopK<'_>,
+        parts: &[(&Self::Floats, Range<usize>)],
+    ) -> Result<Self::Selection>;
     /// Slots selected in each segment.
     fn selected(&self, selection: &Self::Selection) -> Result<Vec<u32>>;
     /// Reads a selection back.

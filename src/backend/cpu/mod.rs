@@ -8,6 +8,7 @@ mod key_scores;
 mod lag;
 mod pool;
 mod rows;
+mod tile;
 mod top_k;
 mod value_norm;
 mod window_attention;
@@ -91,11 +92,18 @@ impl Backend for Cpu {
     fn to_host(&self, rows: &Ragged<f32>) -> Result<Ragged<f32>> {
         Ok(rows.clone())
     }
-    fn from_host(&self, rows: Ragged<f32>) -> Result<Ragged<f32>> {
+    fn upload(&self, rows: Ragged<f32>) -> Result<Ragged<f32>> {
         Ok(rows)
     }
-    fn count_nan(&self, rows: &Ragged<f32>) -> Result<u64> {
-        Ok(rows.data().iter().filter(|x| x.is_nan()).count() as u64)
+    fn concat(&self, parts: Vec<Ragged<f32>>) -> Result<Ragged<f32>> {
+        Ok(parts.iter().flat_map(|p| p.iter()).map(<[f32]>::to_vec).collect())
+    }
+    fn slice(&self, rows: &Ragged<f32>, range: Range<usize>) -> Result<Ragged<f32>> {
+        rows::expect_rows("rows of a slice", rows.rows().max(range.end), rows.rows())?;
+        Ok(range.map(|i| rows.row(i).to_vec()).collect())
+    }
+    fn count_nan(&self, rows: &Ragged<f32>) -> Result<Vec<u64>> {
+        Ok(rows.iter().map(|row| row.iter().filter(|x| x.is_nan()).count() as u64).collect())
     }
 
     fn window_attention(
@@ -142,8 +150,8 @@ impl Backend for Cpu {
     fn floor_at_mean(&self, lens: &[u32], rows: &mut Ragged<f32>) -> Result<()> {
         rows::floor_at_mean(lens, rows)
     }
-    fn weigh(&self, epsilon: f32, norms: &Ragged<f32>, rows: &mut Ragged<f32>) -> Result<()> {
-        rows::weigh(epsilon, norms, rows)
+    fn weigh(&self, epsilon: f32, rows: &Ragged<f32>, norms: &mut Ragged<f32>) -> Result<()> {
+        rows::weigh(epsilon, rows, norms)
     }
     fn mass_count(&self, threshold: f32, caps: &[u32], mass: &Ragged<f32>) -> Result<Vec<u32>> {
         self.run(|| top_k::mass_count(threshold, caps, mass))
@@ -158,7 +166,7 @@ impl Backend for Cpu {
         rows::coarsen(units, rows)
     }
 
-    fn top_k(&self, op: &TopK<'_>, parts: &[&Ragged<f32>]) -> Result<Ragged<u32>> {
+    fn top_k(&self, op: &TopK<'_>, parts: &[(&Ragged<f32>, Range<usize>)]) -> Result<Ragged<u32>> {
         self.run(|| top_k::run(op, parts))
     }
     fn selected(&self, selection: &Ragged<u32>) -> Result<Vec<u32>> {

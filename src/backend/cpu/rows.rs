@@ -93,12 +93,12 @@ pub(super) fn floor_at_mean(lens: &[u32], rows: &mut Ragged<f32>) -> Result<()> 
     Ok(())
 }
 
-pub(super) fn weigh(epsilon: f32, norms: &Ragged<f32>, rows: &mut Ragged<f32>) -> Result<()> {
+pub(super) fn weigh(epsilon: f32, rows: &Ragged<f32>, norms: &mut Ragged<f32>) -> Result<()> {
     expect_rows("value norms", rows.rows(), norms.rows())?;
     for s in 0..rows.rows() {
         expect_rows("value norms of a segment", rows.len(s), norms.len(s))?;
-        for (x, &norm) in rows.row_mut(s).iter_mut().zip(norms.row(s)) {
-            *x = (*x + epsilon) * norm;
+        for (norm, &x) in norms.row_mut(s).iter_mut().zip(rows.row(s)) {
+            *norm *= x + epsilon;
         }
     }
     Ok(())

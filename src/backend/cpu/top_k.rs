@@ -1,13 +1,298 @@
-//! Being written.
-use crate::backend::ops::TopK;
+//! Exact selection by integer radix descent: no sort, no candidate list, any number of segments.
+//!
+//! Scores become 32-bit keys that order as the contract of [`TopK`] does: NaN is 0, -∞ follows, `-0 = +0`,
+//! and protected slots get `u32::MAX`, which no float maps to. The cut of a contest is found digit by
+//! digit (11, 11 and 10 bits): with `c_s(b)` the keys of segment `s` at or above bin edge `b`,
+//! `total(b) = Σ_s max(floor_s, c_s(b))` falls as `b` rises, so the digit of the cut is the highest edge whose
+//! total reaches the budget. Keys equal to the cut go to segments in order, within a segment to the first slots.
+//! One further pass emits the slots ascending.
+//!
+//! Integer counts only: the selection is the same for every thread count. Cost: four reads of the keys.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use crate::backend::ops::{Contest, TopK};
 use crate::error::{Error, Result};
 use crate::ragged::Ragged;
-pub(super) fn run(_: &TopK<'_>, _: &[&Ragged<f32>]) -> Result<Ragged<u32>> {
-    Err(Error::Unsupported { what: "top_k", why: "being written" })
+
+use super::rows::expect_rows;
+
+/// Bits of the digits, most significant first: `(shift, bits)`.
+const DIGITS: [(u32, u32); 3] = [(21, 11), (10, 11), (0, 10)];
+const BINS: usize = 1 << 11;
+const PROTECTED: u32 = u32::MAX;
+
+/// Order-preserving key of a score.
+#[inline]
+fn key(score: f32) -> u32 {
+    if score.is_nan() {
+        return 0;
+    }
+    // Adding zero turns -0 into +0.
+    let bits = (score + 0.0).to_bits();
+    if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
 }
-pub(super) fn mass_count(_: f32, _: &[u32], _: &Ragged<f32>) -> Result<Vec<u32>> {
-    Err(Error::Unsupported { what: "mass_count", why: "being written" })
+
+pub(super) fn run(op: &TopK<'_>, parts: &[(&Ragged<f32>, Range<usize>)]) -> Result<Ragged<u32>> {
+    for (part, rows) in parts {
+        expect_rows("rows of a part", part.rows().max(rows.end), part.rows())?;
+    }
+    let scores: Vec<&[f32]> =
+        parts.iter().flat_map(|(part, rows)| rows.clone().map(|r| part.row(r))).collect();
+    let lens: Vec<usize> = scores.iter().map(|s| s.len()).collect();
+    validate(op, &lens)?;
+    let mut keys = Ragged::filled(lens.iter().copied(), 0u32);
+    keys.rows_mut().into_par_iter().zip(&scores).enumerate().for_each(|(s, (keys, scores))| {
+        keys.iter_mut().zip(*scores).for_each(|(k, &x)| *k = key(x));
+        for range in op.protected.row(s) {
+            keys[range.start as usize..range.end as usize].fill(PROTECTED);
+        }
+    });
+    let cuts: Vec<Cut> =
+        op.contests.par_iter().flat_map_iter(|contest| cuts_of(contest, &keys)).collect();
+    let mut selection = Ragged::filled(cuts.iter().map(|c| c.count), 0u32);
+    selection
+        .rows_mut()
+        .into_par_iter()
+        .zip(&cuts)
+        .enumerate()
+        .for_each(|(s, (out, cut))| cut.emit(keys.row(s), out));
+    Ok(selection)
 }
-pub(super) fn pin_top(_: &[u32], _: &Ragged<f32>, _: &mut Ragged<f32>) -> Result<()> {
-    Err(Error::Unsupported { what: "pin_top", why: "being written" })
+
+fn validate(op: &TopK<'_>, lens: &[usize]) -> Result<()> {
+    expect_rows("protected segments", lens.len(), op.protected.rows())?;
+    for (s, ranges) in op.protected.iter().enumerate() {
+        let mut end = 0;
+        for range in ranges {
+            if range.start < end || range.end < range.start || range.end as usize > lens[s] {
+                return Err(Error::Parameter {
+                    name: "protected ranges",
+                    expected: "ascending, disjoint and within the segment",
+                    got: format!("{range:?} in segment {s} of {} slots", lens[s]),
+                });
+            }
+            end = range.end;
+        }
+    }
+    let mut next = 0;
+    for contest in op.contests {
+        if contest.segments.start != next || contest.segments.end < next {
+            return Err(Error::Parameter {
+                name: "contests",
+                expected: "consecutive segments from 0",
+                got: format!("{:?} after segment {next}", contest.segments),
+            });
+        }
+        next = contest.segments.end;
+        expect_rows("segments of the contests", lens.len().max(next), lens.len())?;
+        expect_rows("floors of a contest", contest.segments.len(), contest.floors.len())?;
+        let held = &lens[contest.segments.clone()];
+        let caps = held.iter().sum::<usize>() as u64;
+        let floors = contest.floors.iter().fold(0u64, |a, &f| a.saturating_add(f));
+        let over = held.iter().zip(&contest.floors).any(|(&len, &floor)| floor > len as u64);
+        if over || floors > contest.budget || contest.budget > caps {
+            return Err(Error::Apportion { total: contest.budget, floors, caps });
+        }
+    }
+    expect_rows("segments of the contests", lens.len(), next)
+}
+
+/// Where a segment is cut: all keys above `threshold`, and the first `ties` keys equal to it.
+struct Cut {
+    threshold: u32,
+    ties: usize,
+    count: usize,
+}
+
+impl Cut {
+    fn emit(&self, keys: &[u32], out: &mut [u32]) {
+        let (mut ties, mut next) = (self.ties, 0);
+        for (slot, &k) in keys.iter().enumerate() {
+            if next == out.len() {
+                break;
+            }
+            if k > self.threshold || (k == self.threshold && ties > 0) {
+                ties -= usize::from(k == self.threshold);
+                out[next] = slot as u32;
+                next += 1;
+            }
+        }
+    }
+
+    /// The `count` best of one segment.
+    fn of_segment(keys: &[u32], count: usize) -> Self {
+        if count == 0 {
+            return Self { threshold: u32::MAX, ties: 0, count };
+        }
+        let mut descent = Descent::new(vec![keys]);
+        descent.run(|counts| counts[0] >= count as u64);
+        Self { threshold: descent.prefix, ties: count - descent.above[0] as usize, count }
+    }
+}
+
+/// Cuts of all segments of a contest.
+fn cuts_of(contest: &Contest, keys: &Ragged<u32>) -> Vec<Cut> {
+    let rows: Vec<&[u32]> = contest.segments.clone().map(|s| keys.row(s)).collect();
+    if rows.len() == 1 {
+        return vec![Cut::of_segment(rows[0], contest.budget as usize)];
+    }
+    if contest.budget == 0 {
+        return rows.iter().map(|keys| Cut::of_segment(keys, 0)).collect();
+    }
+    let floors = &contest.floors;
+    let mut descent = Descent::new(rows);
+    descent.run(|counts| {
+        counts.iter().zip(floors).map(|(&c, &f)| c.max(f)).sum::<u64>() >= contest.budget
+    });
+    let Descent { rows, above, equal, prefix } = descent;
+    let taken: u64 = above.iter().zip(floors).map(|(&a, &f)| a.max(f)).sum();
+    let mut rest = contest.budget - taken;
+    let mut cuts = Vec::with_capacity(rows.len());
+    for (s, keys) in rows.into_iter().enumerate() {
+        let mut count = above[s].max(floors[s]);
+        let more = rest.min((above[s] + equal[s]).saturating_sub(count));
+        rest -= more;
+        count += more;
+        cuts.push(if count <= above[s] + equal[s] {
+            let ties = (count - above[s]) as usize;
+            Cut { threshold: prefix, ties, count: count as usize }
+        } else {
+            // The floor reaches below the contest's cut: this segment has a cut of its own.
+            Cut::of_segment(keys, count as usize)
+        });
+    }
+    cuts
+}
+
+/// Finds the largest key `x` such that the counts of keys `>= x`, by segment, still satisfy a monotone test.
+struct Descent<'a> {
+    rows: Vec<&'a [u32]>,
+    /// Keys above the prefix's range, by segment.
+    above: Vec<u64>,
+    /// Keys equal to the final prefix, by segment.
+    equal: Vec<u64>,
+    prefix: u32,
+}
+
+impl<'a> Descent<'a> {
+    fn new(rows: Vec<&'a [u32]>) -> Self {
+        let n = rows.len();
+        Self { rows, above: vec![0; n], equal: vec![0; n], prefix: 0 }
+    }
+
+    /// `reached` must hold for the counts of all keys, and keep holding as counts grow.
+    fn run(&mut self, reached: impl Fn(&[u64]) -> bool) {
+        for (shift, bits) in DIGITS {
+            let bins = 1usize << bits;
+            // Keys whose higher bits equal the prefix: their next digit.
+            let high = shift + bits;
+            let matches = |k: u32| high == 32 || k >> high == self.prefix >> high;
+            let histograms: Vec<Vec<u32>> = self
+                .rows
+                .par_iter()
+                .map(|keys| {
+                    let mut histogram = vec![0u32; BINS];
+                    for &k in keys.iter().filter(|&&k| matches(k)) {
+                        histogram[(k >> shift) as usize & (bins - 1)] += 1;
+                    }
+                    histogram
+                })
+                .collect();
+            let mut counts = self.above.clone();
+            for bin in (0..bins).rev() {
+                self.above.copy_from_slice(&counts);
+                counts.iter_mut().zip(&histograms).for_each(|(c, h)| *c += u64::from(h[bin]));
+                if reached(&counts) {
+                    self.prefix |= (bin as u32) << shift;
+                    self.equal = histograms.iter().map(|h| u64::from(h[bin])).collect();
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// Fixed-point unit of attention mass: sums of integers have no order.
+const MASS_ONE: f64 = (1u64 << 40) as f64;
+
+pub(super) fn mass_count(threshold: f32, caps: &[u32], mass: &Ragged<f32>) -> Result<Vec<u32>> {
+    expect_rows("caps of the mass count", mass.rows(), caps.len())?;
+    let rows: Vec<(&[f32], u32)> = mass.iter().zip(caps.iter().copied()).collect();
+    Ok(rows
+        .into_par_iter()
+        .map(|(row, cap)| {
+            let sum: i64 = row.iter().map(|&p| fixed(p) as i64).sum();
+            let outside = (MASS_ONE as i64 - sum).max(0);
+            let needed = (f64::from(threshold) * MASS_ONE).round() as i64 - outside;
+            smallest_count(row, needed).min(cap as usize) as u32
+        })
+        .collect())
+}
+
+fn fixed(mass: f32) -> u64 {
+    // Saturating: NaN and negatives become 0.
+    (f64::from(mass) * MASS_ONE).round() as u64
+}
+
+/// Smallest number of largest entries that sums to `needed`; all of them if even that falls short.
+fn smallest_count(row: &[f32], needed: i64) -> usize {
+    if needed <= 0 {
+        return 0;
+    }
+    let needed = needed as u64;
+    let (mut prefix, mut mass, mut count) = (0u32, 0u64, 0u64);
+    for (shift, bits) in DIGITS {
+        let high = shift + bits;
+        let mut histogram = vec![(0u64, 0u64); BINS];
+        for &p in row {
+            let k = key(p);
+            if high == 32 || k >> high == prefix >> high {
+                let bin = &mut histogram[(k >> shift) as usize & ((1 << bits) - 1)];
+                *bin = (bin.0 + fixed(p), bin.1 + 1);
+            }
+        }
+        let mut found = false;
+        for bin in (0..1usize << bits).rev() {
+            let (bin_mass, bin_count) = histogram[bin];
+            if mass + bin_mass >= needed {
+                prefix |= (bin as u32) << shift;
+                found = true;
+                break;
+            }
+            mass += bin_mass;
+            count += bin_count;
+        }
+        if !found {
+            return row.len();
+        }
+    }
+    // All entries at the cut are equal, so their masses are.
+    let each = row.iter().find(|&&p| key(p) == prefix).map_or(1, |&p| fixed(p).max(1));
+    (count + (needed - mass).div_ceil(each)) as usize
+}
+
+pub(super) fn pin_top(counts: &[u32], by: &Ragged<f32>, rows: &mut Ragged<f32>) -> Result<()> {
+    expect_rows("pinned rows", rows.rows(), by.rows())?;
+    expect_rows("counts of pinned slots", rows.rows(), counts.len())?;
+    let contests: Vec<Contest> = counts
+        .iter()
+        .enumerate()
+        .map(|(s, &count)| Contest {
+            segments: s..s + 1,
+            budget: u64::from(count),
+            floors: vec![0],
+        })
+        .collect();
+    let protected = Ragged::filled(counts.iter().map(|_| 0), 0..0);
+    let pinned = run(&TopK { contests: &contests, protected: &protected }, &[(by, 0..by.rows())])?;
+    for s in 0..rows.rows() {
+        expect_rows("pinned scores of a segment", rows.len(s), by.len(s))?;
+        for &slot in pinned.row(s) {
+            rows.row_mut(s)[slot as usize] = f32::INFINITY;
+        }
+    }
+    Ok(())
 }

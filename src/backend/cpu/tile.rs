@@ -1,0 +1,208 @@
+//! What the tensor operations share: tiles widened to f32, the matrix product, vector code, `exp`.
+//!
+//! Storage types end here: an operation widens a tile of rows into scratch that stays in L2 and computes
+//! in f32. Widening costs one pass over elements that are then used tens to hundreds of times.
+//!
+//! The only `unsafe` of the CPU backend is in this file: the `gemm` crate takes raw pointers, and a function
+//! compiled for AVX2 may only be called where the machine has it.
+
+use std::ops::Range;
+
+use super::{HostLayer, HostSlice};
+use crate::dtype::Element;
+use crate::view::Rows;
+
+/// One KV head of one view, in the order in which segments are numbered.
+pub(super) fn segments<'a, 'b>(
+    layers: &'a [HostLayer<'b>],
+) -> impl Iterator<Item = (&'a HostLayer<'b>, usize)> {
+    layers.iter().flat_map(|layer| (0..layer.shape().kv_heads()).map(move |head| (layer, head)))
+}
+
+/// Widens `rows` of a head into consecutive rows of `dst`, which they fill.
+pub(super) fn widen_rows(
+    src: &Rows<'_, HostSlice<'_>>,
+    head: usize,
+    rows: Range<usize>,
+    dst: &mut [f32],
+) {
+    widen_columns(src, head, rows, 0..src.dim(), dst);
+}
+
+/// Widens the given columns of `rows` of a head into consecutive rows of `dst`, which they fill.
+pub(super) fn widen_columns(
+    src: &Rows<'_, HostSlice<'_>>,
+    head: usize,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    dst: &mut [f32],
+) {
+    match src.storage() {
+        HostSlice::F32(data) => widen(data, src, head, rows, columns, dst),
+        HostSlice::F16(data) => widen(data, src, head, rows, columns, dst),
+        HostSlice::BF16(data) => widen(data, src, head, rows, columns, dst),
+    }
+}
+
+fn widen<T: Element>(
+    data: &[T],
+    src: &Rows<'_, HostSlice<'_>>,
+    head: usize,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    mut dst: &mut [f32],
+) {
+    debug_assert_eq!(dst.len(), rows.len() * columns.len());
+    for run in src.runs(head, rows.start, rows.end) {
+        let (now, later) = dst.split_at_mut(run.rows * columns.len());
+        dst = later;
+        let first = run.start + columns.start;
+        if run.stride == columns.len() {
+            T::widen(&data[first..first + now.len()], now);
+            continue;
+        }
+        for (i, row) in now.chunks_exact_mut(columns.len()).enumerate() {
+            let at = first + i * run.stride;
+            T::widen(&data[at..at + row.len()], row);
+        }
+    }
+}
+
+/// `c[m, n] = a[m, k] · b[n, k]ᵀ`, all rows contiguous, on the calling thread: the bits depend on the
+/// shape alone.
+pub(super) fn matmul_nt(k: usize, a: &[f32], b: &[f32], c: &mut [f32]) {
+    let (m, n) = (a.len() / k, b.len() / k);
+    assert!(a.len() == m * k && b.len() == n * k && c.len() == m * n, "shapes of a tile product");
+    #[allow(unsafe_code, reason = "the matrix product's crate has no safe interface")]
+    // SAFETY: the operands are m×k, k×n and m×n elements at the given strides, all inside their slices
+    // by the assertion above; `c` is borrowed exclusively, so it overlaps neither operand; f32 is one
+    // of the types the crate supports; without `read_dst` nothing of `c` is read.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c.as_mut_ptr(),
+            1,
+            n as isize,
+            false,
+            a.as_ptr(),
+            1,
+            k as isize,
+            b.as_ptr(),
+            k as isize,
+            1,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+/// Runs `work` compiled for AVX2 where the machine has it. No fused multiply-add, so that the bits are those
+/// of the portable code. What `work` calls must be `#[inline(always)]`.
+#[inline(always)]
+pub(super) fn simd<R>(work: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn avx2<R>(work: impl FnOnce() -> R) -> R {
+            work()
+        }
+        if std::arch::is_x86_feature_detected!("avx2") {
+            #[allow(unsafe_code, reason = "measured: see benches/attention.rs")]
+            // SAFETY: the feature was detected on the line above; the function asks for nothing else.
+            return unsafe { avx2(work) };
+        }
+    }
+    work()
+}
+
+/// `eˣ` to about one ulp, without a call, so that loops over it vectorise (libm's is a call per element
+/// and would cost more than the matrix product). Below e^-87.3, the last normal f32, it is 0; NaN stays NaN.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    const LOW: f32 = -87.336_54;
+    const HIGH: f32 = 88.722_83;
+    // 1.5 · 2²³: adding it rounds to an integer, which then sits in the low mantissa bits.
+    const ROUND: f32 = 12_582_912.0;
+    const LN_2_HIGH: f32 = 0.693_359_4;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+    // Written so that NaN passes both.
+    let c = if x < LOW { LOW } else { x };
+    let c = if c > HIGH { HIGH } else { c };
+    let t = c * std::f32::consts::LOG2_E + ROUND;
+    let n = t - ROUND;
+    let r = c - n * LN_2_HIGH - n * LN_2_LOW;
+    // Cephes expf: a minimax polynomial on |r| <= ln 2 / 2.
+    let p = 1.987_569_1e-4;
+    let p = p * r + 1.398_199_9e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_5e-1;
+    let p = p * r + 0.5;
+    let p = p * r * r + r + 1.0;
+    // n reaches 128 at the top: 2ⁿ in two factors.
+    let n = (t.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+    let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
+    let y = p * power(n >> 1) * power(n.wrapping_sub(n >> 1));
+    let y = if x < LOW { 0.0 } else { y };
+    if x > HIGH { f32::INFINITY } else { y }
+}
+
+/// Lanes of sums and products: enough independent chains for any vector width, and a fixed order.
+pub(super) const LANES: usize = 16;
+
+/// Sum in a fixed order.
+#[inline(always)]
+pub(super) fn sum(x: &[f32]) -> f32 {
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    let mut lanes = [0f32; LANES];
+    for chunk in chunks {
+        for l in 0..LANES {
+            lanes[l] += chunk[l];
+        }
+    }
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane += x;
+    }
+    fold(lanes)
+}
+
+/// Sum of lanes by halves.
+#[inline(always)]
+pub(super) fn fold(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for l in 0..width {
+            lanes[l] += lanes[l + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Maximum of two; NaN if one is.
+#[inline(always)]
+pub(super) fn max2(a: f32, b: f32) -> f32 {
+    if b > a || b.is_nan() { b } else { a }
+}
+
+/// Maximum, -∞ for no elements; NaN if one is.
+#[inline(always)]
+pub(super) fn max(x: &[f32]) -> f32 {
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        for l in 0..LANES {
+            lanes[l] = max2(lanes[l], chunk[l]);
+        }
+    }
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane = max2(*lane, x);
+    }
+    lanes.into_iter().fold(f32::NEG_INFINITY, max2)
+}

@@ -1,0 +1,677 @@
+//! The planner: takes layers one by one, for one sequence or many, and says what each head keeps.
+//!
+//! Budgets that are decided by number or within a layer are settled as that layer is pushed; its tensors
+//! are not needed again. Budgets contested over all layers need all layers' scores, but not all layers' caches:
+//! with [`Planner::cascade`] every push also drops what can no longer win. Selection under a total order is
+//! monotone, so what is not among the best `B` of the layers seen so far is never among the best `B` of all:
+//! the cascade ends with the plan of the one-shot selection and holds at most the budget and one layer.
+//!
+//! Planning mutates nothing: caches change when the caller applies what [`Planner::held`] or the plan says.
+
+use std::ops::Range;
+
+use crate::allocate::{Claim, Demand, Layers, Share, allocate, apportion};
+use crate::backend::Backend;
+use crate::backend::ops::{Contest, TopK};
+use crate::budget::Budget;
+use crate::error::{Error, Result};
+use crate::geometry::{Geometry, MAX_LEN};
+use crate::ids::{KvHead, LayerId, Position};
+use crate::plan::{Plan, Report};
+use crate::policy::Policy;
+use crate::ragged::Ragged;
+use crate::reference;
+use crate::score::ScoreContext;
+use crate::select::align::units;
+use crate::select::protect::{Protect, count};
+use crate::view::LayerView;
+
+/// A sequence to plan for.
+#[derive(Debug, Clone, Copy)]
+pub struct Sequence<'a> {
+    /// Tokens it has seen.
+    pub tokens: u32,
+    /// Positions its heads hold, `[layer][head]`, if it has been compressed before.
+    pub held: Option<&'a [&'a [Vec<Position>]]>,
+}
+
+impl From<u32> for Sequence<'_> {
+    /// A dense sequence of so many tokens.
+    fn from(tokens: u32) -> Self {
+        Self { tokens, held: None }
+    }
+}
+
+/// One KV head of one layer. Indices count slots, or units where units are larger than a slot.
+struct Segment {
+    len: u32,
+    held: Option<Vec<Position>>,
+    units: Option<Vec<Range<u32>>>,
+    protected: Vec<Range<u32>>,
+}
+
+impl Segment {
+    fn new(len: u32, held: Option<Vec<Position>>, unit: u32) -> Self {
+        let units = (unit > 1).then(|| units(len, held.as_deref(), unit));
+        let len = units.as_ref().map_or(len, |u| u.len() as u32);
+        Self { len, held, units, protected: Vec::new() }
+    }
+
+    /// Indices that hold any of a position range.
+    fn indices_of(&self, positions: Range<u32>) -> Range<u32> {
+        let before = |p: u32| match (&self.held, &self.units) {
+            (Some(held), _) => held.partition_point(|h| h.0 < p) as u32,
+            (None, Some(units)) => p.min(units.last().map_or(0, |u| u.end)),
+            (None, None) => p.min(self.len),
+        };
+        let slots = before(positions.start)..before(positions.end);
+        match &self.units {
+            None => slots,
+            Some(units) => {
+                let first = units.partition_point(|u| u.end <= slots.start) as u32;
+                let end = units.partition_point(|u| u.start < slots.end) as u32;
+                first..end.max(first)
+            }
+        }
+    }
+
+    fn slots_in(&self, indices: &[u32]) -> u64 {
+        match &self.units {
+            None => indices.len() as u64,
+            Some(units) => indices.iter().map(|&u| units[u as usize].clone().len() as u64).sum(),
+        }
+    }
+
+    fn slots(&self) -> u64 {
+        let held = self.units.as_ref().map(|u| u.last().map_or(0, |u| u.end));
+        u64::from(held.unwrap_or(self.len))
+    }
+
+    fn positions(&self, indices: &[u32]) -> Vec<Position> {
+        let position = |slot: u32| match &self.held {
+            Some(held) => held[slot as usize],
+            None => Position(slot),
+        };
+        match &self.units {
+            None => indices.iter().map(|&slot| position(slot)).collect(),
+            Some(units) => {
+                indices.iter().flat_map(|&u| units[u as usize].clone()).map(position).collect()
+            }
+        }
+    }
+}
+
+/// What a sequence's plan needs beside scores.
+struct State {
+    tokens: u32,
+    recent: u32,
+    slots_per_head: u64,
+    segments: Vec<Segment>,
+    shares: Vec<Share>,
+    report: Report,
+}
+
+/// A layer that has been pushed. Rows: sequence after sequence, head after head.
+struct Pushed<B: Backend> {
+    scores: B::Floats,
+    weighted: Option<B::Floats>,
+    /// Indices that are still in the race or settled.
+    kept: Ragged<u32>,
+}
+
+/// Plans for a batch of sequences, layer by layer.
+pub struct Planner<'a, B: Backend> {
+    backend: &'a B,
+    policy: &'a Policy<B>,
+    geometry: &'a Geometry,
+    budget: Budget,
+    sequences: Vec<State>,
+    /// First segment of each layer, and the end.
+    firsts: Vec<usize>,
+    pushed: Vec<Pushed<B>>,
+    cascade: bool,
+}
+
+impl<'a, B: Backend> Planner<'a, B> {
+    /// Resolves the budget of every sequence and shares it out as far as numbers alone decide.
+    pub fn new<'s>(
+        backend: &'a B,
+        policy: &'a Policy<B>,
+        geometry: &'a Geometry,
+        budget: Budget,
+        sequences: &[impl Into<Sequence<'s>> + Copy],
+    ) -> Result<Self> {
+        let mut firsts = vec![0];
+        for shape in geometry.layers() {
+            firsts.push(firsts[firsts.len() - 1] + shape.kv_heads());
+        }
+        let sequences = sequences
+            .iter()
+            .map(|&s| State::new(policy, geometry, budget, s.into()))
+            .collect::<Result<_>>()?;
+        let pushed = Vec::with_capacity(geometry.layers().len());
+        Ok(Self { backend, policy, geometry, budget, sequences, firsts, pushed, cascade: false })
+    }
+
+    /// Drops what cannot win any more at every push, where budgets are contested over all layers.
+    ///
+    /// Errors for two-stage policies: their second stage may want what the first has dropped.
+    pub fn cascade(mut self) -> Result<Self> {
+        if self.policy.config.two_stage.is_some() || self.policy.config.reference.is_some() {
+            return Err(Error::Unsupported {
+                what: "the cascade of a two-stage or reference policy",
+                why: "its final order is not the order of the scores seen so far",
+            });
+        }
+        self.cascade = true;
+        Ok(self)
+    }
+
+    /// Scores the next layer, one view per sequence. Returns the layers of which [`held`](Self::held) has
+    /// changed: apply it to their caches now, or wait for the plan.
+    pub fn push(&mut self, layers: &[LayerView<'_, B::Storage<'_>>]) -> Result<Vec<LayerId>> {
+        let l = self.pushed.len();
+        self.check_views(l, layers)?;
+        let layer = LayerId(l as u32);
+        let config = &self.policy.config;
+        let context = ScoreContext {
+            layer,
+            slots_per_head: &self.sequences.iter().map(|s| s.slots_per_head).collect::<Vec<_>>(),
+            recent: &self.sequences.iter().map(|s| s.recent).collect::<Vec<_>>(),
+        };
+        if let Some(reference) = config.reference {
+            let scored = reference::score(self.backend, reference, config, &context, layers)?;
+            self.store(scored.scores, scored.weighted);
+            return self.finish_reference(reference);
+        }
+        let mut scores = self.policy.scorer.score(self.backend, &context, layers)?;
+        self.count_nan(layer, &scores)?;
+        let mut weighted = None;
+        if let Some(stage) = &config.two_stage {
+            let mut norms = self.backend.zeros(&crate::score::segment_lens(layers))?;
+            self.backend.value_norm(layers, &mut norms)?;
+            self.backend.weigh(stage.epsilon, &scores, &mut norms)?;
+            self.count_nan(layer, &norms)?;
+            weighted = Some(norms);
+        }
+        for rows in [Some(&mut scores), weighted.as_mut()].into_iter().flatten() {
+            self.align(l, rows)?;
+        }
+        self.store(scores, weighted);
+        self.settle(l)
+    }
+
+    /// Positions that a sequence's heads still hold of a layer, once it has been pushed.
+    pub fn held(&self, sequence: usize, layer: LayerId) -> Option<Ragged<Position>> {
+        let pushed = self.pushed.get(layer.index())?;
+        let state = self.sequences.get(sequence)?;
+        let l = layer.index();
+        let heads = self.geometry.layers()[l].kv_heads();
+        let rows = (0..heads).map(|h| {
+            let kept = pushed.kept.row(sequence * heads + h);
+            state.segments[self.firsts[l] + h].positions(kept)
+        });
+        Some(rows.collect())
+    }
+
+    /// The plans, one per sequence, once every layer has been pushed.
+    pub fn finish(self) -> Result<Vec<Plan>> {
+        let layers = self.geometry.layers().len();
+        if self.pushed.len() != layers {
+            return Err(Error::LayerOrder { expected: self.pushed.len(), got: layers, layers });
+        }
+        let plans = (0..self.sequences.len()).map(|i| {
+            let state = &self.sequences[i];
+            let kept = (0..layers as u32).filter_map(|l| self.held(i, LayerId(l))).collect();
+            let mut report = state.report.clone();
+            let mut plan = Plan::assemble(
+                self.policy.config.name.clone(),
+                self.budget,
+                state.tokens,
+                self.geometry,
+                Report::default(),
+                kept,
+            );
+            if self.policy.config.align.unit > 1 {
+                let wanted = report.budget_slots.min(report.available_slots);
+                report.alignment_waste = wanted.saturating_sub(plan.slots);
+            }
+            plan.report = report;
+            plan
+        });
+        Ok(plans.collect())
+    }
+
+    fn check_views(&self, l: usize, layers: &[LayerView<'_, B::Storage<'_>>]) -> Result<()> {
+        let shapes = self.geometry.layers();
+        let Some(&shape) = shapes.get(l) else {
+            return Err(Error::LayerOrder { expected: shapes.len(), got: l, layers: shapes.len() });
+        };
+        let expect = |what, expected: u64, got: u64| match expected == got {
+            true => Ok(()),
+            false => Err(Error::Shape { what, expected, got }),
+        };
+        expect("views of a layer", self.sequences.len() as u64, layers.len() as u64)?;
+        for (state, view) in self.sequences.iter().zip(layers) {
+            let seen = view.shape();
+            expect("kv heads", shape.kv_heads() as u64, seen.kv_heads() as u64)?;
+            expect("query heads", shape.query_heads() as u64, seen.query_heads() as u64)?;
+            expect("head dim", shape.head_dim() as u64, seen.head_dim() as u64)?;
+            expect("tokens", u64::from(state.tokens), u64::from(view.tokens()))?;
+            if view.k().dtype() != self.geometry.dtype() {
+                let (expected, got) = (self.geometry.dtype(), view.k().dtype());
+                return Err(Error::Dtype { what: "keys", expected, got });
+            }
+            for h in 0..shape.kv_heads() {
+                let segment = &state.segments[self.firsts[l] + h];
+                expect("slots of a head", segment.slots(), view.k().len(h) as u64)?;
+                let positions = view.positions().map(|p| p[h].as_slice());
+                if positions != segment.held.as_deref() {
+                    return Err(Error::Unsupported {
+                        what: "a view with other positions than its sequence",
+                        why: "name the positions held when the planner is made",
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn count_nan(&mut self, layer: LayerId, rows: &B::Floats) -> Result<()> {
+        let counts = self.backend.count_nan(rows)?;
+        let count: u64 = counts.iter().sum();
+        if count > 0 && !self.policy.config.allow_nan {
+            return Err(Error::NanScores { layer, count });
+        }
+        let heads = self.geometry.layers()[layer.index()].kv_heads();
+        for (state, counts) in self.sequences.iter_mut().zip(counts.chunks(heads)) {
+            state.report.nan_scores += counts.iter().sum::<u64>();
+        }
+        Ok(())
+    }
+
+    /// Shares scores over heads and coarsens them to units, as the policy asks.
+    fn align(&self, l: usize, rows: &mut B::Floats) -> Result<()> {
+        let align = self.policy.config.align;
+        let heads = self.geometry.layers()[l].kv_heads();
+        if align.share_heads {
+            self.backend.share_heads(&vec![heads; self.sequences.len()], rows)?;
+        }
+        if align.unit > 1 {
+            let units = self.sequences.iter().flat_map(|state| {
+                let segments = &state.segments[self.firsts[l]..self.firsts[l + 1]];
+                segments.iter().map(|s| s.units.clone().unwrap_or_default())
+            });
+            *rows = self.backend.coarsen(&units.collect(), rows)?;
+        }
+        Ok(())
+    }
+
+    fn store(&mut self, scores: B::Floats, weighted: Option<B::Floats>) {
+        let l = self.pushed.len();
+        let segments = |s: &'_ State| self.firsts[l]..self.firsts[l + 1].min(s.segments.len());
+        let kept = self
+            .sequences
+            .iter()
+            .flat_map(|s| s.segments[segments(s)].iter().map(|s| (0..s.len).collect()))
+            .collect();
+        self.pushed.push(Pushed { scores, weighted, kept });
+        for (i, state) in self.sequences.iter_mut().enumerate() {
+            let mut held = 0;
+            for (l, pushed) in self.pushed.iter().enumerate() {
+                let heads = self.geometry.layers()[l].kv_heads();
+                for h in 0..heads {
+                    let kept = pushed.kept.row(i * heads + h);
+                    held += state.segments[self.firsts[l] + h].slots_in(kept);
+                }
+            }
+            state.report.peak_slots = state.report.peak_slots.max(held);
+        }
+    }
+
+    /// Settles what the layer just pushed decides.
+    fn settle(&mut self, l: usize) -> Result<Vec<LayerId>> {
+        let last = l + 1 == self.geometry.layers().len();
+        let range = self.firsts[l]..self.firsts[l + 1];
+        let spans_layers =
+            |s: &State| s.shares.iter().any(|x| x.contest.segments.len() > range.len().max(1));
+        let global = matches!(self.policy.config.layers, Layers::Global)
+            && self.firsts.len() > 2
+            && self.sequences.iter().any(spans_layers);
+        if global && !last && !self.cascade {
+            return Ok(Vec::new());
+        }
+        let layers = if global { 0..l + 1 } else { l..l + 1 };
+        // Sequence after sequence, and within each layer after layer, as contests are numbered.
+        let mut parts = Vec::new();
+        let mut contests = Vec::new();
+        let mut blends = Vec::new();
+        let mut next = 0;
+        for (i, state) in self.sequences.iter().enumerate() {
+            for m in layers.clone() {
+                let heads = self.geometry.layers()[m].kv_heads();
+                parts.push((m, i * heads..(i + 1) * heads));
+            }
+            let seen = self.firsts[layers.start]..self.firsts[layers.end];
+            for share in &state.shares {
+                if let Some(contest) = visible(&share.contest, &seen, next) {
+                    contests.push(contest);
+                    blends.push(share.blend);
+                }
+            }
+            next += seen.len();
+        }
+        let protected = self.protected(&parts);
+        let selection = self.select(&parts, contests, &blends, &protected)?;
+        self.keep(&parts, &selection, !last)?;
+        Ok(layers.map(|m| LayerId(m as u32)).collect())
+    }
+
+    /// Protected indices of the segments, as places in what is still held.
+    fn protected(&self, parts: &[(usize, Range<usize>)]) -> Ragged<Range<u32>> {
+        let rows = parts.iter().flat_map(|(m, rows)| rows.clone().map(move |row| (*m, row)));
+        rows.map(|(m, row)| {
+            let heads = self.geometry.layers()[m].kv_heads();
+            let segment = &self.sequences[row / heads].segments[self.firsts[m] + row % heads];
+            let kept = self.pushed[m].kept.row(row);
+            let place = |index: u32| kept.partition_point(|&k| k < index) as u32;
+            let places = segment.protected.iter().map(|r| place(r.start)..place(r.end));
+            places.filter(|r| r.start < r.end).collect()
+        })
+        .collect()
+    }
+
+    /// Runs the contests, then blends and second stages where the policy has them.
+    fn select(
+        &self,
+        parts: &[(usize, Range<usize>)],
+        mut contests: Vec<Contest>,
+        blends: &[Option<crate::budget::Fraction>],
+        protected: &Ragged<Range<u32>>,
+    ) -> Result<Ragged<u32>> {
+        let backend = self.backend;
+        let run = |contests: &[Contest], weighted: bool| {
+            let rows: Vec<_> = parts
+                .iter()
+                .map(|(m, rows)| {
+                    let pushed = &self.pushed[*m];
+                    let second = pushed.weighted.as_ref().filter(|_| weighted);
+                    (second.unwrap_or(&pushed.scores), rows.clone())
+                })
+                .collect();
+            backend.top_k(&TopK { contests, protected }, &rows)
+        };
+        if blends.iter().any(Option::is_some) {
+            let won = backend.selected(&run(&contests, false)?)?;
+            let lens: Vec<usize> = parts
+                .iter()
+                .flat_map(|(m, rows)| rows.clone().map(|r| self.pushed[*m].kept.len(r)))
+                .collect();
+            contests = contests
+                .iter()
+                .zip(blends)
+                .map(|(contest, blend)| blended(contest, *blend, &won, &lens, protected))
+                .collect::<Result<Vec<_>>>()?
+                .concat();
+        }
+        let Some(stage) = &self.policy.config.two_stage else {
+            return backend.selection_to_host(&run(&contests, false)?);
+        };
+        let budgets = backend.selected(&run(&contests, false)?)?;
+        let stage_one = |n: u32| stage.first_stage.of(u64::from(n)) as u32;
+        let mut weighted = Vec::with_capacity(parts.len());
+        let mut next = 0;
+        for (m, rows) in parts {
+            let pushed = &self.pushed[*m];
+            let counts: Vec<u32> =
+                budgets[next..next + rows.len()].iter().map(|&n| stage_one(n)).collect();
+            next += rows.len();
+            let scores = backend.slice(&pushed.scores, rows.clone())?;
+            let second = pushed.weighted.as_ref().unwrap_or(&pushed.scores);
+            let mut second = backend.slice(second, rows.clone())?;
+            backend.pin_top(&counts, &scores, &mut second)?;
+            weighted.push(second);
+        }
+        let contests: Vec<Contest> = budgets
+            .iter()
+            .enumerate()
+            .map(|(s, &n)| Contest { segments: s..s + 1, budget: n.into(), floors: vec![0] })
+            .collect();
+        let rows: Vec<_> = weighted.iter().zip(parts).map(|(w, p)| (w, 0..p.1.len())).collect();
+        backend.selection_to_host(&backend.top_k(&TopK { contests: &contests, protected }, &rows)?)
+    }
+
+    /// Narrows what is held to the selected places; scores follow if they are needed again.
+    fn keep(
+        &mut self,
+        parts: &[(usize, Range<usize>)],
+        selection: &Ragged<u32>,
+        again: bool,
+    ) -> Result<()> {
+        let layers = parts.iter().map(|(m, _)| *m).min()..parts.iter().map(|(m, _)| *m + 1).max();
+        let (Some(start), Some(end)) = (layers.start, layers.end) else { return Ok(()) };
+        for m in start..end {
+            // The places of layer m's rows, in row order: sequences ascend in `parts`.
+            let mut places = Ragged::default();
+            let mut next = 0;
+            for (part, rows) in parts {
+                if *part == m {
+                    for s in next..next + rows.len() {
+                        places.push(selection.row(s).iter().copied());
+                    }
+                }
+                next += rows.len();
+            }
+            let pushed = &mut self.pushed[m];
+            if again {
+                pushed.scores = self.backend.pick(&places, &pushed.scores)?;
+            }
+            pushed.kept = places
+                .iter()
+                .zip(pushed.kept.iter())
+                .map(|(places, kept)| places.iter().map(|&p| kept[p as usize]).collect())
+                .collect();
+        }
+        Ok(())
+    }
+
+    /// In reference mode the published code decides, once all layers are there.
+    fn finish_reference(&mut self, reference: reference::Reference) -> Result<Vec<LayerId>> {
+        if self.pushed.len() < self.geometry.layers().len() {
+            return Ok(Vec::new());
+        }
+        let config = &self.policy.config;
+        for i in 0..self.sequences.len() {
+            let mut scores = Vec::new();
+            let mut weighted = Vec::new();
+            for (m, pushed) in self.pushed.iter().enumerate() {
+                let heads = self.geometry.layers()[m].kv_heads();
+                let rows = i * heads..(i + 1) * heads;
+                let host = |f| self.backend.to_host(&self.backend.slice(f, rows.clone())?);
+                scores.push(host(&pushed.scores)?);
+                weighted.push(pushed.weighted.as_ref().map(host).transpose()?);
+            }
+            let tokens = self.sequences[i].tokens;
+            let kept = reference::select(
+                reference,
+                config,
+                self.geometry,
+                self.budget,
+                tokens,
+                &scores,
+                &weighted,
+            )?;
+            for (m, kept) in kept.into_iter().enumerate() {
+                let heads = self.geometry.layers()[m].kv_heads();
+                let rows = i * heads..(i + 1) * heads;
+                let old = std::mem::take(&mut self.pushed[m].kept);
+                self.pushed[m].kept = old
+                    .iter()
+                    .enumerate()
+                    .map(|(row, old)| match rows.contains(&row) {
+                        true => kept.row(row - rows.start).to_vec(),
+                        false => old.to_vec(),
+                    })
+                    .collect();
+            }
+        }
+        Ok((0..self.pushed.len() as u32).map(LayerId).collect())
+    }
+}
+
+impl State {
+    fn new<B: Backend>(
+        policy: &Policy<B>,
+        geometry: &Geometry,
+        budget: Budget,
+        sequence: Sequence<'_>,
+    ) -> Result<Self> {
+        let tokens = sequence.tokens;
+        if u64::from(tokens) > MAX_LEN {
+            return Err(Error::TooLarge { what: "tokens", got: tokens.into(), limit: MAX_LEN });
+        }
+        let config = &policy.config;
+        let mut segments = Vec::with_capacity(geometry.heads());
+        for (l, shape) in geometry.layers().iter().enumerate() {
+            for h in 0..shape.kv_heads() {
+                let held = match sequence.held {
+                    Some(held) => Some(held_of(held, l, h, shape.kv_heads(), tokens)?),
+                    None => None,
+                };
+                let len = held.as_ref().map_or(tokens, |p| p.len() as u32);
+                segments.push(Segment::new(len, held, config.align.unit));
+            }
+        }
+        let available: u64 = segments.iter().map(Segment::slots).sum();
+        let budget_slots = budget.resolve(geometry, u64::from(tokens));
+        let slots = budget_slots.min(available);
+        let slots_per_head = slots / segments.len().max(1) as u64;
+        let protect = config.protect.for_budget(slots_per_head);
+        let lens: Vec<u64> = segments.iter().map(|s| u64::from(s.len)).collect();
+        let everything = |s: &Segment| protect.slots(tokens, u64::MAX, |r| s.indices_of(r));
+        let protected: Vec<u64> = segments.iter().map(|s| count(&everything(s))).collect();
+        let whole: u64 = lens.iter().sum();
+        let in_units =
+            if slots == available { whole } else { slots / u64::from(config.align.unit) };
+        let heads: Vec<usize> = geometry.layers().iter().map(|s| s.kv_heads()).collect();
+        let demand = Demand { heads: &heads, lens: &lens, protected: &protected, budget: in_units };
+        let shares = allocate(&config.layers, &config.heads, &demand)?;
+        let mut report = Report { budget_slots, available_slots: available, ..Report::default() };
+        if config.reference.is_none() {
+            report.protection_cut = protect_segments(&mut segments, &shares, &protect, tokens);
+        }
+        let recent = protect.recent;
+        Ok(Self { tokens, recent, slots_per_head, segments, shares, report })
+    }
+}
+
+/// Sets what each segment protects within its share; returns the slots that protection lost.
+fn protect_segments(
+    segments: &mut [Segment],
+    shares: &[Share],
+    protect: &Protect,
+    tokens: u32,
+) -> u64 {
+    let mut cut = 0;
+    for share in shares {
+        let alone = share.contest.segments.len() == 1;
+        let budget = if alone { share.contest.budget } else { u64::MAX };
+        for s in share.contest.segments.clone() {
+            let segment = &mut segments[s];
+            let of = |budget| protect.slots(tokens, budget, |r| segment.indices_of(r));
+            let (all, kept) = (of(u64::MAX), of(budget));
+            let slots = |r: &[Range<u32>]| {
+                segment.slots_in(&r.iter().flat_map(|r| r.clone()).collect::<Vec<_>>())
+            };
+            cut += slots(&all) - slots(&kept);
+            segment.protected = kept;
+        }
+    }
+    cut
+}
+
+/// The positions a head holds, checked.
+fn held_of(
+    held: &[&[Vec<Position>]],
+    l: usize,
+    h: usize,
+    heads: usize,
+    tokens: u32,
+) -> Result<Vec<Position>> {
+    let layer = held.get(l).ok_or(Error::Shape {
+        what: "layers of the held positions",
+        expected: l as u64 + 1,
+        got: held.len() as u64,
+    })?;
+    if layer.len() != heads {
+        return Err(Error::Shape {
+            what: "heads of the held positions",
+            expected: heads as u64,
+            got: layer.len() as u64,
+        });
+    }
+    let row = &layer[h];
+    let bad = |i: usize| row[i].0 >= tokens || (i > 0 && row[i] <= row[i - 1]);
+    match (0..row.len()).find(|&i| bad(i)) {
+        None => Ok(row.clone()),
+        Some(index) => Err(Error::Positions {
+            layer: LayerId(l as u32),
+            head: KvHead(h as u32),
+            index,
+            got: row[index].0.into(),
+            tokens: tokens.into(),
+        }),
+    }
+}
+
+/// The part of a contest within the segments seen, renumbered to start at `next`: unseen segments keep
+/// their floors in reserve.
+fn visible(contest: &Contest, seen: &Range<usize>, next: usize) -> Option<Contest> {
+    let start = contest.segments.start.max(seen.start);
+    let end = contest.segments.end.min(seen.end);
+    if start >= end {
+        return None;
+    }
+    let first = contest.segments.start;
+    let floors = contest.floors[start - first..end - first].to_vec();
+    let reserve = contest.floors.iter().sum::<u64>() - floors.iter().sum::<u64>();
+    let segments = start - seen.start + next..end - seen.start + next;
+    Some(Contest { segments, budget: contest.budget - reserve, floors })
+}
+
+/// Ada-KV's safeguard in the paper's form, exact: above what is protected, segment `h` gets
+/// `(1 - α)·f_h + α·R/H` of the contest's `R` slots, rounded by largest remainder.
+fn blended(
+    contest: &Contest,
+    blend: Option<crate::budget::Fraction>,
+    won: &[u32],
+    lens: &[usize],
+    protected: &Ragged<Range<u32>>,
+) -> Result<Vec<Contest>> {
+    let Some(alpha) = blend else { return Ok(vec![contest.clone()]) };
+    let n = contest.segments.len() as u64;
+    let floors = &contest.floors;
+    let spare = contest.budget - floors.iter().sum::<u64>();
+    let claims: Vec<Claim> = contest
+        .segments
+        .clone()
+        .zip(floors)
+        .map(|(s, &floor)| {
+            let extra = u64::from(won[s]) - floor;
+            let weight = (alpha.den() - alpha.num()) * extra * n + alpha.num() * spare;
+            debug_assert!(count(protected.row(s)) <= floor);
+            Claim { weight, floor: 0, cap: lens[s] as u64 - floor }
+        })
+        .collect();
+    let extra = apportion(spare, &claims)?;
+    Ok(contest
+        .segments
+        .clone()
+        .zip(floors.iter().zip(extra))
+        .map(|(s, (floor, extra))| Contest {
+            segments: s..s + 1,
+            budget: floor + extra,
+            floors: vec![0],
+        })
+        .collect())
+}

@@ -1,0 +1,282 @@
+//! A policy: how slots are scored, how the budget is shared out, what is protected, in which units.
+//!
+//! The parts are orthogonal and combine freely. [`PolicyConfig`] is plain data (print, compare, store, set by
+//! name); [`Policy`] is what a planner runs, and takes scorers of your own. Published combinations have names:
+//! [`preset`](crate::preset).
+
+use crate::allocate::{AdaForm, Heads, Layers};
+use crate::backend::Backend;
+use crate::budget::Fraction;
+use crate::error::{Error, Result};
+use crate::parameters::{Parameters, parameters};
+use crate::reference::Reference;
+use crate::score::{Scorer, ScorerConfig};
+use crate::select::{Align, Protect};
+
+/// CriticalKV's second stage, once every head's budget is known: the first part goes to the best by score,
+/// the rest by `(score + epsilon) · ν` with the value norm `ν` (CriticalKV, arXiv 2502.03805).
+#[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(default, deny_unknown_fields)
+)]
+pub struct TwoStage {
+    /// Fraction of each head's budget that goes by score alone.
+    pub first_stage: Fraction,
+    /// Added to scores before they are multiplied, so that a zero score does not hide a large value.
+    pub epsilon: f32,
+}
+parameters!(TwoStage { first_stage: "a fraction from 0 to 1", epsilon: "a number" });
+
+impl Default for TwoStage {
+    fn default() -> Self {
+        Self { first_stage: Fraction::new(1, 2).unwrap_or_default(), epsilon: 1e-4 }
+    }
+}
+
+/// A policy as plain data.
+#[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
+pub struct PolicyConfig {
+    /// What plans call it.
+    pub name: String,
+    /// Which slots matter.
+    pub scorer: ScorerConfig,
+    /// CriticalKV's second stage.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub two_stage: Option<TwoStage>,
+    /// Budgets over layers.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub layers: Layers,
+    /// Budgets over the heads of a layer.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub heads: Heads,
+    /// What must stay.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub protect: Protect,
+    /// Units that are kept or freed whole.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub align: Align,
+    /// Rank NaN scores below everything instead of refusing them.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub allow_nan: bool,
+    /// Reproduce a published code, flaws included.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub reference: Option<Reference>,
+}
+
+impl PolicyConfig {
+    /// A scorer with equal budgets, nothing protected, single tokens.
+    pub fn new(name: impl Into<String>, scorer: ScorerConfig) -> Self {
+        Self {
+            name: name.into(),
+            scorer,
+            two_stage: None,
+            layers: Layers::default(),
+            heads: Heads::default(),
+            protect: Protect::default(),
+            align: Align::default(),
+            allow_nan: false,
+            reference: None,
+        }
+    }
+
+    /// The policy on a backend.
+    pub fn build<B: Backend>(&self) -> Result<Policy<B>> {
+        self.protect.validate()?;
+        if self.align.unit == 0 {
+            return Err(Error::Zero { what: "unit" });
+        }
+        Ok(Policy { config: self.clone(), scorer: self.scorer.build() })
+    }
+
+    /// Names and values of all parameters that [`set`](Self::set) reaches.
+    pub fn parameters(&self) -> Vec<(&'static str, String)> {
+        let mut all = self.scorer.list();
+        if let Some(stage) = &self.two_stage {
+            all.extend(stage.list());
+        }
+        all.extend(self.layers.list());
+        all.extend(self.heads.list());
+        all.extend(self.protect.list());
+        all.extend(self.align.list());
+        all.push(("allow_nan", self.allow_nan.to_string()));
+        all
+    }
+
+    /// Sets a parameter by name. The error for an unknown name lists the known ones.
+    pub fn set(&mut self, key: &str, value: &str) -> Result<()> {
+        if key == "allow_nan" {
+            self.allow_nan = value.parse().map_err(|_| Error::Parameter {
+                name: "allow_nan",
+                expected: "true or false",
+                got: value.to_owned(),
+            })?;
+            return Ok(());
+        }
+        let stage = self.two_stage.as_mut().map(|s| s as &mut dyn Parameters);
+        let parts: [&mut dyn Parameters; 5] = [
+            &mut self.scorer,
+            &mut self.layers,
+            &mut self.heads,
+            &mut self.protect,
+            &mut self.align,
+        ];
+        let mut found = false;
+        for part in parts.into_iter().chain(stage) {
+            found |= part.set(key, value)?;
+        }
+        if found {
+            // SnapKV-like windows are protected: the two move together unless `recent` is set by itself.
+            if key == "window" && self.reference.is_none() {
+                self.protect.set("recent", value)?;
+            }
+            return Ok(());
+        }
+        let known: Vec<&str> = self.parameters().iter().map(|(name, _)| *name).collect();
+        Err(Error::UnknownName { what: "parameter", got: key.to_owned(), known: known.join(", ") })
+    }
+}
+
+/// A policy ready to run on a backend.
+pub struct Policy<B: Backend> {
+    pub(crate) config: PolicyConfig,
+    pub(crate) scorer: Box<dyn Scorer<B>>,
+}
+
+impl<B: Backend> Policy<B> {
+    /// A scorer of your own in place of the configured one.
+    pub fn with_scorer(config: PolicyConfig, scorer: Box<dyn Scorer<B>>) -> Result<Self> {
+        if config.reference.is_some() {
+            return Err(Error::Unsupported {
+                what: "a scorer of your own in reference mode",
+                why: "reference modes reproduce published scores",
+            });
+        }
+        Ok(Self { scorer, ..config.build()? })
+    }
+
+    /// The policy as data.
+    pub fn config(&self) -> &PolicyConfig {
+        &self.config
+    }
+}
+
+impl Parameters for Layers {
+    fn list(&self) -> Vec<(&'static str, String)> {
+        match self {
+            Layers::Pyramid { beta } => vec![("beta", beta.to_string())],
+            Layers::Weights { layers } => vec![("layer_weights", join(layers))],
+            Layers::Uniform | Layers::Global => Vec::new(),
+        }
+    }
+    fn set(&mut self, key: &str, value: &str) -> Result<bool> {
+        match (key, self) {
+            ("beta", Layers::Pyramid { beta }) => {
+                *beta = value.parse().map_err(|_| Error::Parameter {
+                    name: "beta",
+                    expected: "a positive integer",
+                    got: value.to_owned(),
+                })?;
+            }
+            // Any allocation over layers may be replaced by explicit weights.
+            ("layer_weights", layers) => {
+                *layers = Layers::Weights { layers: split("layer_weights", value)? };
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+}
+
+impl Parameters for Heads {
+    fn list(&self) -> Vec<(&'static str, String)> {
+        match self {
+            Heads::Ada { alpha, form } => {
+                vec![("alpha", alpha.to_string()), ("form", form.to_string())]
+            }
+            Heads::Weights { heads } => {
+                let rows: Vec<String> = heads.iter().map(|row| join(row)).collect();
+                vec![("head_weights", rows.join(";"))]
+            }
+            Heads::Uniform => Vec::new(),
+        }
+    }
+    fn set(&mut self, key: &str, value: &str) -> Result<bool> {
+        match (key, self) {
+            ("alpha", Heads::Ada { alpha, .. }) => {
+                *alpha = value.parse().map_err(|_| Error::Parameter {
+                    name: "alpha",
+                    expected: "a fraction from 0 to 1",
+                    got: value.to_owned(),
+                })?;
+            }
+            ("form", Heads::Ada { form, .. }) => *form = value.parse::<AdaForm>()?,
+            ("head_weights", heads) => {
+                let rows = value.split(';').map(|row| split("head_weights", row));
+                *heads = Heads::Weights { heads: rows.collect::<Result<_>>()? };
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+}
+
+fn join(weights: &[f64]) -> String {
+    weights.iter().map(f64::to_string).collect::<Vec<_>>().join(",")
+}
+
+fn split(name: &'static str, text: &str) -> Result<Vec<f64>> {
+    let number = |s: &str| s.trim().parse::<f64>().ok();
+    text.split(',').map(number).collect::<Option<_>>().ok_or_else(|| Error::Parameter {
+        name,
+        expected: "numbers separated by commas (layers of heads by semicolons)",
+        got: text.to_owned(),
+    })
+}
+
+impl Parameters for Protect {
+    fn list(&self) -> Vec<(&'static str, String)> {
+        let ranges: Vec<String> =
+            self.ranges.iter().map(|r| format!("{}..{}", r.start, r.end)).collect();
+        vec![
+            ("sinks", self.sinks.to_string()),
+            ("recent", self.recent.to_string()),
+            ("recent_share", self.recent_share.to_string()),
+            ("ranges", ranges.join(",")),
+        ]
+    }
+    fn set(&mut self, key: &str, value: &str) -> Result<bool> {
+        let bad = |name, expected| Error::Parameter { name, expected, got: value.to_owned() };
+        match key {
+            "sinks" => self.sinks = value.parse().map_err(|_| bad("sinks", "an integer"))?,
+            "recent" => self.recent = value.parse().map_err(|_| bad("recent", "an integer"))?,
+            "recent_share" => {
+                self.recent_share =
+                    value.parse().map_err(|_| bad("recent_share", "a fraction from 0 to 1"))?;
+            }
+            "ranges" => {
+                let range = |text: &str| {
+                    let (start, end) = text.split_once("..")?;
+                    Some(start.trim().parse().ok()?..end.trim().parse().ok()?)
+                };
+                self.ranges = value
+                    .split(',')
+                    .filter(|text| !text.trim().is_empty())
+                    .map(range)
+                    .collect::<Option<_>>()
+                    .ok_or_else(|| bad("ranges", "position ranges such as 0..20,64..80"))?;
+                self.validate()?;
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+}
+
+parameters!(Align { unit: "a positive integer", share_heads: "true or false" });

@@ -1,0 +1,90 @@
+//! The published combinations, by name.
+//!
+//! Each is the parts of [`PolicyConfig`] with the defaults of its source; every parameter can be set. Window
+//! methods use W = 32 and, like SnapKV's and Ada-KV's experiments, max pooling over 7; DefensiveKV
+//! averages over 5, as its code does.
+
+use crate::allocate::{AdaForm, Heads, Layers};
+use crate::budget::Fraction;
+use crate::error::{Error, Result};
+use crate::policy::{PolicyConfig, TwoStage};
+use crate::score::{
+    Defensive, H2o, KNorm, KeyDiff, LagKv, Random, ScorerConfig, SnapKv, Streaming, Tova,
+};
+use crate::select::Protect;
+
+/// Names of the presets.
+pub const PRESETS: &[&str] = &[
+    "streaming",
+    "snapkv",
+    "pyramidkv",
+    "ada-snapkv",
+    "ada-pyramidkv",
+    "criticalkv",
+    "ada-criticalkv",
+    "defensivekv",
+    "layer-defensivekv",
+    "tova",
+    "knorm",
+    "keydiff",
+    "lagkv",
+    "h2o",
+    "random",
+];
+
+/// A published combination with its defaults.
+pub fn preset(name: &str) -> Result<PolicyConfig> {
+    let window = SnapKv::default().window;
+    let recent = |n| Protect { recent: n, ..Protect::default() };
+    let snapkv = || PolicyConfig {
+        protect: recent(window),
+        ..PolicyConfig::new(name, ScorerConfig::SnapKv(SnapKv::default()))
+    };
+    let plain = |scorer| PolicyConfig::new(name, scorer);
+    let pyramid = Layers::Pyramid { beta: 20 };
+    let ada = || ada(1, 5);
+    Ok(match name {
+        "streaming" => PolicyConfig {
+            protect: Protect { sinks: 4, ..recent(1) },
+            ..plain(ScorerConfig::Streaming(Streaming {}))
+        },
+        "snapkv" => snapkv(),
+        "pyramidkv" => PolicyConfig { layers: pyramid, ..snapkv() },
+        "ada-snapkv" => PolicyConfig { heads: ada(), ..snapkv() },
+        "ada-pyramidkv" => PolicyConfig { layers: pyramid, heads: ada(), ..snapkv() },
+        "criticalkv" => PolicyConfig { two_stage: Some(TwoStage::default()), ..snapkv() },
+        "ada-criticalkv" => {
+            PolicyConfig { two_stage: Some(TwoStage::default()), heads: ada(), ..snapkv() }
+        }
+        "defensivekv" | "layer-defensivekv" => {
+            let scorer = Defensive::default();
+            PolicyConfig {
+                protect: recent(scorer.window),
+                // The first set of slots takes the place of a safeguard.
+                heads: self::ada(0, 1),
+                layers: if name == "defensivekv" { Layers::Uniform } else { Layers::Global },
+                ..plain(ScorerConfig::Defensive(scorer))
+            }
+        }
+        "tova" => PolicyConfig { protect: recent(1), ..plain(ScorerConfig::Tova(Tova {})) },
+        "knorm" => plain(ScorerConfig::KNorm(KNorm {})),
+        "keydiff" => plain(ScorerConfig::KeyDiff(KeyDiff {})),
+        "lagkv" => plain(ScorerConfig::LagKv(LagKv::default())),
+        "h2o" => PolicyConfig {
+            protect: Protect { recent_share: Fraction::new(1, 2)?, ..recent(1) },
+            ..plain(ScorerConfig::H2o(H2o {}))
+        },
+        "random" => plain(ScorerConfig::Random(Random::default())),
+        _ => {
+            return Err(Error::UnknownName {
+                what: "policy",
+                got: name.to_owned(),
+                known: PRESETS.join(", "),
+            });
+        }
+    })
+}
+
+fn ada(num: u64, den: u64) -> Heads {
+    Heads::Ada { alpha: Fraction::new(num, den).unwrap_or_default(), form: AdaForm::Floor }
+}

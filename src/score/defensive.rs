@@ -1,0 +1,96 @@
+//! DefensiveKV: rank slots by the worst case of what they may be needed for, not by the mean.
+//!
+//! Per query row, attention over the past is average-pooled and scaled back to the row's mass; then
+//! `R̃[t] = max over window and group`, `R = max(R̃, mean_t R̃)` (the adaptive prior), and `R · ν` with the value
+//! norm `ν[t] = mean_g ‖v_t · W_o‖₁`. Slots that carry the bulk of the mean attention come first of all: the
+//! smallest set whose mass, with the window's own, reaches `threshold`.
+//!
+//! * Source: DefensiveKV (Alg. 1 and 2), code FFY0/DefensiveKV@9251b95 `efficient_defensivekv_press.py`.
+//! * Corrected here (reference mode `defensivekv` keeps the code's behaviour): the window's mass is the true one,
+//!   where the code sums the w columns before the window; the threshold is compared with absolute masses, per
+//!   head; the first set never exceeds the head's mean budget less its window, and never goes negative;
+//!   rows without past mass give 0, not NaN; no statistic crosses sequences.
+//! * `norm_scale`: the code divides `ν` by its sum over the heads at the same position, the paper by its sum over the
+//!   layer. Within a layer the latter changes nothing.
+//! * Cost: SnapKV's two passes and one output projection over the cache, `2·Hq·T·D·hidden` flops.
+
+use super::{ScoreContext, Scorer, past_lens, segment_lens};
+use crate::backend::Backend;
+use crate::backend::ops::{NormScale, Reduce, WindowAttention};
+use crate::error::{Error, Result};
+use crate::parameters::parameters;
+use crate::view::LayerView;
+
+/// Defensive aggregation over window and group.
+#[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(default, deny_unknown_fields)
+)]
+pub struct Defensive {
+    /// `W`, the observation window.
+    pub window: u32,
+    /// Average-pooling kernel, odd.
+    pub kernel: u32,
+    /// Attention mass that the first slots must hold together with the window.
+    pub threshold: f32,
+    /// What value norms are divided by.
+    pub norm_scale: NormScale,
+}
+parameters!(Defensive {
+    window: "a positive integer",
+    kernel: "an odd integer",
+    threshold: "a number from 0 to 1",
+    norm_scale: "none, layer or heads",
+});
+
+impl Default for Defensive {
+    fn default() -> Self {
+        Self { window: 32, kernel: 5, threshold: 0.9, norm_scale: NormScale::Heads }
+    }
+}
+
+impl<B: Backend> Scorer<B> for Defensive {
+    fn score(
+        &self,
+        backend: &B,
+        context: &ScoreContext<'_>,
+        layers: &[LayerView<'_, B::Storage<'_>>],
+    ) -> Result<B::Floats> {
+        if !(0.0..=1.0).contains(&self.threshold) {
+            return Err(Error::Parameter {
+                name: "threshold",
+                expected: "a number from 0 to 1",
+                got: self.threshold.to_string(),
+            });
+        }
+        let attention = WindowAttention {
+            window: self.window,
+            over_window: Reduce::Max,
+            over_group: Reduce::Max,
+            row_pool: Some(self.kernel),
+            score_window: false,
+        };
+        let lens = segment_lens(layers);
+        let mut worst = backend.zeros(&lens)?;
+        let mut mean = backend.zeros(&lens)?;
+        backend.window_attention(&attention, layers, &mut worst, Some(&mut mean))?;
+        let past = past_lens(layers, self.window);
+        backend.floor_at_mean(&past, &mut worst)?;
+        let mut norms = backend.zeros(&lens)?;
+        backend.value_norm(layers, &mut norms)?;
+        backend.scale_norms(self.norm_scale, layers, &mut norms)?;
+        backend.weigh(0.0, &worst, &mut norms)?;
+        let room = layers.iter().enumerate().flat_map(|(i, layer)| {
+            let window = u64::from(self.window.max(context.recent[i]));
+            let room = context.slots_per_head[i].saturating_sub(window);
+            std::iter::repeat_n(room, layer.shape().kv_heads())
+        });
+        let caps: Vec<u32> =
+            past.iter().zip(room).map(|(&n, room)| u64::from(n).min(room) as u32).collect();
+        let counts = backend.mass_count(self.threshold, &caps, &mean)?;
+        backend.pin_top(&counts, &mean, &mut norms)?;
+        Ok(norms)
+    }
+}

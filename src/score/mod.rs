@@ -1,0 +1,129 @@
+//! Scorers: which slots matter. One file per method, each written once for all devices out of backend
+//! operations; a larger score is kept longer, NaN ranks lowest, `+∞` means "before any finite score".
+
+mod defensive;
+mod h2o;
+mod keys;
+mod lagkv;
+mod snapkv;
+mod streaming;
+
+pub use defensive::Defensive;
+pub use h2o::H2o;
+pub use keys::{KNorm, KeyDiff};
+pub use lagkv::LagKv;
+pub use snapkv::{SnapKv, Tova};
+pub use streaming::{Random, Streaming};
+
+use crate::backend::Backend;
+use crate::backend::ops::{NormScale, Pooling, Reduce};
+use crate::error::Result;
+use crate::ids::LayerId;
+use crate::parameters::{Parameters, named};
+use crate::view::LayerView;
+
+named!(Pooling { Avg => "avg", Max => "max" });
+named!(Reduce { Mean => "mean", Max => "max" });
+named!(NormScale { None => "none", Layer => "layer", Heads => "heads" });
+
+/// What a scorer may know beside the tensors.
+#[derive(Debug, Clone)]
+pub struct ScoreContext<'a> {
+    /// The layer being scored.
+    pub layer: LayerId,
+    /// Mean budget per head of each view's sequence, in slots.
+    pub slots_per_head: &'a [u64],
+    /// Recent tokens protected in each view's sequence.
+    pub recent: &'a [u32],
+}
+
+/// One method: scores `[H, len]` for each view of one layer.
+pub trait Scorer<B: Backend>: Send + Sync {
+    /// Scores one layer of many sequences.
+    fn score(
+        &self,
+        backend: &B,
+        context: &ScoreContext<'_>,
+        layers: &[LayerView<'_, B::Storage<'_>>],
+    ) -> Result<B::Floats>;
+}
+
+/// Lengths of all segments of the views.
+pub(crate) fn segment_lens<S: crate::view::Storage>(layers: &[LayerView<'_, S>]) -> Vec<u32> {
+    layers.iter().flat_map(|l| (0..l.shape().kv_heads()).map(|h| l.k().len(h) as u32)).collect()
+}
+
+/// Slots of each segment that lie before its sequence's last `window` tokens.
+pub(crate) fn past_lens<S: crate::view::Storage>(
+    layers: &[LayerView<'_, S>],
+    window: u32,
+) -> Vec<u32> {
+    layers
+        .iter()
+        .flat_map(|l| {
+            let end = l.tokens().saturating_sub(window);
+            (0..l.shape().kv_heads()).map(move |h| l.slots_before(h, end) as u32)
+        })
+        .collect()
+}
+
+/// A scorer as plain data: the closed set of methods, each with its parameters.
+#[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(tag = "method", rename_all = "lowercase")
+)]
+pub enum ScorerConfig {
+    /// Window attention.
+    SnapKv(SnapKv),
+    /// Last token's attention.
+    Tova(Tova),
+    /// Worst-case window attention.
+    Defensive(Defensive),
+    /// Attention of all queries.
+    H2o(H2o),
+    /// Position only.
+    Streaming(Streaming),
+    /// Seeded noise.
+    Random(Random),
+    /// Small keys.
+    KNorm(KNorm),
+    /// Unusual keys.
+    KeyDiff(KeyDiff),
+    /// Variation against the next partition.
+    LagKv(LagKv),
+}
+
+/// The same match for every use of the closed set.
+macro_rules! each {
+    ($config:expr, $scorer:ident => $use:expr) => {
+        match $config {
+            ScorerConfig::SnapKv($scorer) => $use,
+            ScorerConfig::Tova($scorer) => $use,
+            ScorerConfig::Defensive($scorer) => $use,
+            ScorerConfig::H2o($scorer) => $use,
+            ScorerConfig::Streaming($scorer) => $use,
+            ScorerConfig::Random($scorer) => $use,
+            ScorerConfig::KNorm($scorer) => $use,
+            ScorerConfig::KeyDiff($scorer) => $use,
+            ScorerConfig::LagKv($scorer) => $use,
+        }
+    };
+}
+
+impl ScorerConfig {
+    /// The scorer on a backend.
+    pub fn build<B: Backend>(&self) -> Box<dyn Scorer<B>> {
+        each!(self, scorer => Box::new(scorer.clone()))
+    }
+}
+
+impl Parameters for ScorerConfig {
+    fn list(&self) -> Vec<(&'static str, String)> {
+        each!(self, scorer => scorer.list())
+    }
+    fn set(&mut self, key: &str, value: &str) -> Result<bool> {
+        each!(self, scorer => scorer.set(key, value))
+    }
+}
