@@ -3,6 +3,7 @@
 pub mod allocate;
 pub mod backend;
 mod budget;
+pub mod cache;
 mod dtype;
 mod error;
 mod geometry;
@@ -28,5 +29,5 @@ pub use planner::{Planner, Sequence};
 pub use policy::{Policy, PolicyConfig, TwoStage};
 pub use preset::{PRESETS, preset};
 pub use ragged::Ragged;
-pub use reference::Reference;
+pub use reference::{Reference, reference};
 pub use view::{LayerView, Layout, Rows, Run, Storage};

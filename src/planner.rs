@@ -180,7 +180,8 @@ impl<'a, B: Backend> Planner<'a, B> {
             recent: &self.sequences.iter().map(|s| s.recent).collect::<Vec<_>>(),
         };
         if let Some(reference) = config.reference {
-            let scored = reference::score(self.backend, reference, config, &context, layers)?;
+            let scored =
+                reference::score(self.backend, reference, config, self.budget, &context, layers)?;
             self.store(scored.scores, scored.weighted);
             return self.finish_reference(reference);
         }

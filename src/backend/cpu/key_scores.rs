@@ -1,14 +1,182 @@
-//! Being written.
+//! Scores that look at keys alone, or at positions alone.
+//!
+//! In: k `[H, len, D]`; out `[H, len]` f32. Sources: KNorm (Devoto et al.), KeyDiff (its score as kvpress has
+//! it: against the mean of the head's unit keys), StreamingLLM (recency).
+//!
+//! Cost: one read of K (two for KeyDiff) and `2·D` flops per slot and read: memory bound. Squares and
+//! dot products of f32 elements are summed in f64, which costs nothing here and cannot overflow. Tiles have a
+//! fixed size and the mean joins them in slot order.
+
+use rayon::prelude::*;
+
 use super::HostLayer;
+use super::rows::expect_segments;
+use super::tile::{self, simd};
 use crate::backend::ops::Positional;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ragged::Ragged;
-pub(super) fn key_norm(_: &[HostLayer<'_>], _: &mut Ragged<f32>) -> Result<()> {
-    Err(Error::Unsupported { what: "key_norm", why: "being written" })
+
+/// Slots per task.
+const TILE: usize = 512;
+/// Smallest norm of a cosine, as in torch's `cosine_similarity`.
+const COSINE_EPS: f64 = 1e-8;
+/// Smallest norm that makes a unit key, as in torch's `normalize`.
+const UNIT_EPS: f64 = 1e-12;
+
+/// Calls `score(task's segment, first slot, keys of the tile, scores of the tile)`.
+fn for_each_tile(
+    layers: &[HostLayer<'_>],
+    out: &mut Ragged<f32>,
+    score: impl Fn(usize, &[f32], &mut [f32]) + Sync,
+) {
+    let tasks: Vec<_> = tile::segments(layers)
+        .zip(out.rows_mut())
+        .enumerate()
+        .flat_map(|(s, ((layer, head), row))| {
+            let tiles = row.chunks_mut(TILE).enumerate();
+            tiles.map(move |(i, out)| (s, layer, head, i * TILE, out))
+        })
+        .collect();
+    tasks.into_par_iter().for_each_init(Vec::new, |keys, (s, layer, head, start, out)| {
+        keys.resize(out.len() * layer.shape().head_dim(), 0.0);
+        tile::widen_rows(layer.k(), head, start..start + out.len(), keys);
+        simd(|| score(s, keys, out));
+    });
 }
-pub(super) fn key_diff(_: &[HostLayer<'_>], _: &mut Ragged<f32>) -> Result<()> {
-    Err(Error::Unsupported { what: "key_diff", why: "being written" })
+
+pub(super) fn key_norm(layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
+    expect_segments(layers, out)?;
+    for_each_tile(layers, out, #[inline(always)]
+    |_, keys, out| {
+        let dim = keys.len() / out.len();
+        for (key, out) in keys.chunks_exact(dim).zip(out) {
+            *out = -dot(key, key).sqrt() as f32;
+        }
+    });
+    Ok(())
 }
-pub(super) fn positional(_: Positional, _: &[HostLayer<'_>], _: &mut Ragged<f32>) -> Result<()> {
-    Err(Error::Unsupported { what: "positional", why: "being written" })
+
+pub(super) fn key_diff(layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
+    expect_segments(layers, out)?;
+    let means = unit_key_sums(layers);
+    for_each_tile(layers, out, #[inline(always)]
+    |s, keys, out| {
+        // A cosine does not see that this is a sum and not a mean, save for the clamp below.
+        let (mean, norm) = &means[s];
+        for (key, out) in keys.chunks_exact(mean.len()).zip(out) {
+            let product: f64 = dot(key, mean);
+            let norms = clamp(dot(key, key).sqrt(), COSINE_EPS) * norm;
+            *out = -(product / norms) as f32;
+        }
+    });
+    Ok(())
+}
+
+/// Mean of the unit keys of each segment, rounded to f32, and its norm.
+fn unit_key_sums(layers: &[HostLayer<'_>]) -> Vec<(Vec<f32>, f64)> {
+    let tasks: Vec<_> = tile::segments(layers)
+        .enumerate()
+        .flat_map(|(s, (layer, head))| {
+            let starts = (0..layer.k().len(head)).step_by(TILE);
+            starts.map(move |start| (s, layer, head, start))
+        })
+        .collect();
+    let parts: Vec<Vec<f64>> = tasks
+        .par_iter()
+        .map_init(Vec::new, |keys, &(_, layer, head, start)| {
+            let dim = layer.shape().head_dim();
+            let end = layer.k().len(head).min(start + TILE);
+            keys.resize((end - start) * dim, 0f32);
+            tile::widen_rows(layer.k(), head, start..end, keys);
+            let mut sums = vec![0f64; dim];
+            simd(|| {
+                for key in keys.chunks_exact(dim) {
+                    let factor = 1.0 / clamp(dot(key, key).sqrt(), UNIT_EPS);
+                    sums.iter_mut().zip(key).for_each(|(sum, &x)| *sum += f64::from(x) * factor);
+                }
+            });
+            sums
+        })
+        .collect();
+    let mut totals: Vec<Vec<f64>> =
+        tile::segments(layers).map(|(layer, _)| vec![0.0; layer.shape().head_dim()]).collect();
+    for ((s, ..), part) in tasks.iter().zip(parts) {
+        totals[*s].iter_mut().zip(part).for_each(|(total, x)| *total += x);
+    }
+    tile::segments(layers)
+        .zip(totals)
+        .map(|((layer, head), total)| {
+            let len = layer.k().len(head).max(1) as f64;
+            let mean: Vec<f32> = total.into_iter().map(|x| (x / len) as f32).collect();
+            let norm = clamp(dot(&mean, &mean).sqrt(), COSINE_EPS);
+            (mean, norm)
+        })
+        .collect()
+}
+
+/// At least `least`; NaN stays.
+fn clamp(x: f64, least: f64) -> f64 {
+    if x < least { least } else { x }
+}
+
+/// Dot product in f64, in a fixed order.
+#[inline(always)]
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    const LANES: usize = 8;
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let mut lanes = [0f64; LANES];
+    for (a, b) in a.iter().zip(b) {
+        for l in 0..LANES {
+            lanes[l] += f64::from(a[l]) * f64::from(b[l]);
+        }
+    }
+    for ((lane, &a), &b) in lanes.iter_mut().zip(a_rest).zip(b_rest) {
+        *lane += f64::from(a) * f64::from(b);
+    }
+    lanes.iter().sum()
+}
+
+pub(super) fn positional(
+    op: Positional,
+    layers: &[HostLayer<'_>],
+    out: &mut Ragged<f32>,
+) -> Result<()> {
+    expect_segments(layers, out)?;
+    for ((layer, head), row) in tile::segments(layers).zip(out.rows_mut()) {
+        let positions = layer.positions().map(|p| &p[head]);
+        for (slot, out) in row.iter_mut().enumerate() {
+            let position = positions.map_or(slot as u32, |p| p[slot].0);
+            *out = match op {
+                Positional::Recency => recency(position),
+                Positional::Random { seed, layer } => random(seed, layer, head as u32, position),
+            };
+        }
+    }
+    Ok(())
+}
+
+/// Strictly increasing in the position, up to `2^31` and beyond: floats of one sign order as their bits do, so
+/// `position - 2^30` counts floats from zero, upwards or downwards. `position as f32` would make ties above
+/// `2^24`. Starts just above -2; a long context stays far from the subnormals around zero.
+fn recency(position: u32) -> f32 {
+    const ZERO: u32 = 1 << 30;
+    if position >= ZERO {
+        f32::from_bits(position - ZERO)
+    } else {
+        -f32::from_bits(ZERO - position)
+    }
+}
+
+/// Uniform in `[0, 1)`, a multiple of 2⁻²⁴: the top bits of `mix(mix(mix(seed) ^ (layer << 32 | head)) ^ position)`.
+fn random(seed: u64, layer: u32, head: u32, position: u32) -> f32 {
+    let row = mix(mix(seed) ^ (u64::from(layer) << 32 | u64::from(head)));
+    (mix(row ^ u64::from(position)) >> 40) as f32 / (1u32 << 24) as f32
+}
+
+/// One step of SplitMix64.
+fn mix(x: u64) -> u64 {
+    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
 }

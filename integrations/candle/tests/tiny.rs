@@ -1,0 +1,150 @@
+//! The dump explains the attention, on a tiny llama with random weights.
+
+#[path = "common/plain_attention.rs"]
+mod plain_attention;
+#[path = "common/tiny_model.rs"]
+mod tiny_model;
+
+use candle_core::{DType, Device, Result, Tensor};
+use kvbudget_candle::capture::capture_with;
+use kvbudget_candle::{CaptureOptions, DenseAttention, Dump};
+use plain_attention::{RecordOutputs, worst_ratio};
+use tiny_model::{LAYERS, Tiny, tiny_ids};
+
+const TOKENS: usize = 20;
+const NEXT: usize = 5;
+
+fn options(layers: &[usize], window: usize, dtype: DType) -> CaptureOptions {
+    CaptureOptions { layers: layers.to_vec(), tokens: TOKENS, window, next: NEXT, dtype }
+}
+
+/// A dump, and the attention outputs of the layers it holds.
+fn captured(options: &CaptureOptions) -> (Dump, Vec<Tensor>) {
+    let model = Tiny::new().and_then(|tiny| tiny.load()).expect("the model loads");
+    let mut recorder = RecordOutputs::new(DenseAttention::new(LAYERS), LAYERS);
+    let dump = capture_with(&model, &tiny_ids(TOKENS + NEXT), options, &mut recorder);
+    let outputs = options.layers.iter().map(|&layer| recorder.layer(layer));
+    (
+        dump.expect("the capture succeeds"),
+        outputs.collect::<Result<_>>().expect("every layer was called"),
+    )
+}
+
+#[test]
+fn dump_explains_attention() -> Result<()> {
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for window in [6, TOKENS] {
+            let (dump, outputs) = captured(&options(&[0, 2], window, dtype));
+            for (layer, output) in outputs.iter().enumerate() {
+                let ratio = worst_ratio(&dump, layer, output)?;
+                assert!(ratio <= 1.0, "{dtype:?}, window {window}, layer {layer}: {ratio}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn corrupted_element_is_noticed() -> Result<()> {
+    // The bound grows with the rounding of the dump, and with it what can be told from rounding.
+    for (dtype, change) in [(DType::F32, 0.1), (DType::F16, 8.0), (DType::BF16, 32.0)] {
+        let (dump, outputs) = captured(&options(&[1], TOKENS, dtype));
+        for name in ["k", "v", "q", "k_next", "v_next", "q_next"] {
+            let mut corrupted = dump.clone();
+            let tensor = &dump.tensors[&format!("l0.{name}")];
+            // The last element, which the newest token's query or, as a key or value, the last query sees.
+            let mut values: Vec<f32> = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+            *values.last_mut().expect("the tensor has elements") += change;
+            let values = Tensor::from_vec(values, tensor.shape(), &Device::Cpu)?;
+            let values = values.to_dtype(dtype)?;
+            corrupted.tensors.insert(format!("l0.{name}"), values);
+            let ratio = worst_ratio(&corrupted, 0, &outputs[0])?;
+            assert!(ratio > 1.0, "{dtype:?}, {name}: {ratio}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn wrong_layer_is_noticed() -> Result<()> {
+    let (dump, _) = captured(&options(&[0], TOKENS, DType::F32));
+    let (_, outputs) = captured(&options(&[1], TOKENS, DType::F32));
+    assert!(worst_ratio(&dump, 0, &outputs[0])? > 1.0);
+    Ok(())
+}
+
+#[test]
+fn output_projection_is_the_models() -> Result<()> {
+    let (dump, _) = captured(&options(&[0, 2], 6, DType::F32));
+    let tiny = Tiny::new()?;
+    for (index, layer) in [(0, 0), (1, 2)] {
+        let weight = tiny.weight(&format!("blk.{layer}.attn_output.weight"));
+        let dumped = &dump.tensors[&format!("l{index}.o_proj")];
+        assert_eq!(dumped.to_vec2::<f32>()?, weight.to_vec2::<f32>()?);
+    }
+    Ok(())
+}
+
+#[test]
+fn file_reads_back_and_repeats() -> anyhow::Result<()> {
+    for (dtype, element) in [(DType::F32, "F32"), (DType::F16, "F16"), (DType::BF16, "BF16")] {
+        let (dump, _) = captured(&options(&[0, 2], 6, dtype));
+        let bytes = dump.to_bytes()?;
+        assert_eq!(bytes, captured(&options(&[0, 2], 6, dtype)).0.to_bytes()?);
+
+        let (_, header) = safetensors::SafeTensors::read_metadata(&bytes)?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        assert_eq!(metadata["format"], "kvbudget-dump");
+        assert_eq!(metadata["version"], "1");
+        assert_eq!(metadata["source_layers"], "0,2");
+        assert_eq!(metadata["tokens"], "20");
+
+        let file = safetensors::SafeTensors::deserialize(&bytes)?;
+        assert_eq!(file.len(), 14);
+        assert_eq!(format!("{:?}", file.tensor("l1.k")?.dtype()), element);
+        for (name, shape) in [
+            ("k", vec![2, 20, 8]),
+            ("v", vec![2, 20, 8]),
+            ("q", vec![4, 6, 8]),
+            ("q_next", vec![4, 5, 8]),
+            ("k_next", vec![2, 5, 8]),
+            ("v_next", vec![2, 5, 8]),
+            ("o_proj", vec![24, 32]),
+        ] {
+            assert_eq!(file.tensor(&format!("l1.{name}"))?.shape(), shape, "{name}");
+        }
+        let read = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?;
+        for (name, tensor) in &dump.tensors {
+            let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            let again = read[name].to_dtype(DType::F32)?.flatten_all()?;
+            assert_eq!(values, again.to_vec1::<f32>()?, "{name}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn bad_requests_are_refused() -> Result<()> {
+    let model = Tiny::new()?.load()?;
+    let good = options(&[0, 2], 6, DType::F32);
+    let refused = |ids: usize, options: CaptureOptions, reason: &str| {
+        let error = kvbudget_candle::capture(&model, &tiny_ids(ids), &options)
+            .expect_err("the request is bad");
+        assert!(error.to_string().contains(reason), "{error}");
+    };
+    refused(24, good.clone(), "too short");
+    refused(25, options(&[3], 6, DType::F32), "no layer 3");
+    refused(25, options(&[], 6, DType::F32), "no layers");
+    refused(25, options(&[2, 0], 6, DType::F32), "ascending");
+    refused(25, options(&[0, 0], 6, DType::F32), "ascending");
+    refused(25, options(&[0], 0, DType::F32), "window");
+    refused(25, options(&[0], 21, DType::F32), "window");
+    let none_next = CaptureOptions { next: 0, ..good.clone() };
+    refused(25, none_next, "at least one");
+    let beyond_context = CaptureOptions { tokens: 60, ..good.clone() };
+    refused(65, beyond_context, "context of 64");
+    let endless = CaptureOptions { tokens: usize::MAX, ..good.clone() };
+    refused(25, endless, "context of 64");
+    refused(25, options(&[0], 6, DType::U8), "cannot hold");
+    Ok(())
+}

@@ -1,0 +1,247 @@
+//! The books of a cache: which positions each head holds, in which slots, and how many it may hold.
+//!
+//! Flat and paged caches differ in where a slot's row lies, and in nothing that is written here.
+
+use super::buffer::reserved;
+use crate::backend::cpu::HostSlice;
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::geometry::MAX_LEN;
+use crate::ids::{KvHead, LayerId, Position};
+use crate::plan::CheckError;
+use crate::ragged::Ragged;
+use crate::view::Rows;
+
+/// Lengths and positions of the heads of one layer.
+#[derive(Debug)]
+pub(super) struct Slots {
+    pub(super) dtype: Dtype,
+    pub(super) dim: u32,
+    /// Tokens seen: the position of the next one.
+    pub(super) tokens: u32,
+    /// Slots in use, by head.
+    pub(super) lens: Vec<u32>,
+    /// Slots reserved, by head.
+    pub(super) capacity: Vec<u32>,
+    /// Positions of the slots in use, ascending, by head; each list has room for the head's capacity.
+    pub(super) positions: Vec<Vec<Position>>,
+}
+
+impl Slots {
+    /// Heads that hold `kept`, with room for `slack` more slots each.
+    pub(super) fn new(
+        (dtype, dim): (Dtype, u32),
+        tokens: u32,
+        kept: &[&[Position]],
+        slack: u32,
+    ) -> Result<Self> {
+        let what = "slots reserved for a head";
+        let mut slots = Self {
+            dtype,
+            dim,
+            tokens,
+            lens: Vec::with_capacity(kept.len()),
+            capacity: Vec::with_capacity(kept.len()),
+            positions: Vec::with_capacity(kept.len()),
+        };
+        for row in kept {
+            let capacity = row.len() as u64 + u64::from(slack);
+            if capacity > MAX_LEN {
+                return Err(Error::TooLarge { what, got: capacity, limit: MAX_LEN });
+            }
+            let mut positions = reserved(what, u128::from(capacity))?;
+            positions.extend_from_slice(row);
+            slots.lens.push(row.len() as u32);
+            slots.capacity.push(capacity as u32);
+            slots.positions.push(positions);
+        }
+        Ok(slots)
+    }
+
+    /// Slots in use by all heads.
+    pub(super) fn total(&self) -> u64 {
+        self.lens.iter().map(|&n| u64::from(n)).sum()
+    }
+
+    /// Bytes of one row.
+    pub(super) fn row_bytes(&self) -> usize {
+        self.dim as usize * self.dtype.size()
+    }
+
+    /// Whether these heads can be thinned to `kept`.
+    pub(super) fn check_kept(&self, kept: &Ragged<Position>) -> Result<()> {
+        expect("heads of the kept positions", self.lens.len(), kept.rows())?;
+        for (h, (held, row)) in self.positions.iter().zip(kept.iter()).enumerate() {
+            Held::At(held).check(h, row, self.tokens)?;
+        }
+        Ok(())
+    }
+
+    /// Forgets all positions but `kept`, which was checked.
+    pub(super) fn keep(&mut self, kept: &Ragged<Position>) {
+        for (h, row) in kept.iter().enumerate() {
+            self.lens[h] = row.len() as u32;
+            // Fewer than there were: no allocation.
+            self.positions[h].clear();
+            self.positions[h].extend_from_slice(row);
+        }
+    }
+
+    /// Whether rows `[H, M, D]` of new tokens fit; `M`.
+    pub(super) fn check_new(
+        &self,
+        k: &Rows<'_, HostSlice<'_>>,
+        v: &Rows<'_, HostSlice<'_>>,
+    ) -> Result<u32> {
+        for (what, rows) in [("new keys", k), ("new values", v)] {
+            if rows.dtype() != self.dtype {
+                return Err(Error::Dtype { what, expected: self.dtype, got: rows.dtype() });
+            }
+            expect("heads of new keys and values", self.lens.len(), rows.heads())?;
+            expect("head dim of new keys and values", self.dim as usize, rows.dim())?;
+        }
+        let new = k.len(0);
+        let tokens = u64::from(self.tokens) + new as u64;
+        if tokens > MAX_LEN {
+            return Err(Error::TooLarge {
+                what: "tokens of a sequence",
+                got: tokens,
+                limit: MAX_LEN,
+            });
+        }
+        for (h, (&len, &capacity)) in self.lens.iter().zip(&self.capacity).enumerate() {
+            expect("new keys of a head", new, k.len(h))?;
+            expect("new values of a head", new, v.len(h))?;
+            let (len, capacity, new) = (u64::from(len), u64::from(capacity), new as u64);
+            if len + new > capacity {
+                return Err(Error::CacheFull { head: KvHead(h as u32), len, capacity, new });
+            }
+        }
+        Ok(new as u32)
+    }
+
+    /// Enters `new` tokens, which were checked.
+    pub(super) fn push(&mut self, new: u32) {
+        let end = self.tokens + new;
+        for (len, positions) in self.lens.iter_mut().zip(&mut self.positions) {
+            *len += new;
+            // Within what was reserved: no allocation.
+            positions.extend((self.tokens..end).map(Position));
+        }
+        self.tokens = end;
+    }
+}
+
+/// Where a head's positions are to be found.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Held<'a> {
+    /// Slot `s` has position `s`, up to a length.
+    Dense(usize),
+    /// Slot `s` has the position listed at `s`; ascending.
+    At(&'a [Position]),
+}
+
+impl<'a> Held<'a> {
+    /// Slot of a position, no earlier than slot `from`.
+    fn find(self, position: Position, from: usize) -> Option<usize> {
+        match self {
+            Held::Dense(len) => Some(position.index()).filter(|&s| s < len),
+            Held::At(held) => {
+                let slot = from + held[from..].iter().position(|&p| p >= position)?;
+                (held[slot] == position).then_some(slot)
+            }
+        }
+    }
+
+    fn holds(self, position: Position, slot: usize) -> bool {
+        match self {
+            Held::Dense(_) => position.index() == slot,
+            Held::At(held) => held.get(slot) == Some(&position),
+        }
+    }
+
+    /// Whether `kept` ascends and all of it is held.
+    pub(super) fn check(self, head: usize, kept: &[Position], tokens: u32) -> Result<()> {
+        let (layer, head) = (LayerId(0), KvHead(head as u32));
+        let mut next = 0;
+        for (i, &got) in kept.iter().enumerate() {
+            if i > 0 && got <= kept[i - 1] {
+                return Err(CheckError::Order { layer, head, previous: kept[i - 1], got }.into());
+            }
+            let Some(slot) = self.find(got, next) else {
+                return Err(CheckError::NotHeld { layer, head, got, tokens }.into());
+            };
+            next = slot + 1;
+        }
+        Ok(())
+    }
+
+    /// The moves that bring entries `first..end` of `kept`, which was checked, to slots of the same numbers.
+    pub(super) fn moves(self, kept: &'a [Position], first: usize, end: usize) -> Moves<'a> {
+        let from = match self {
+            Held::At(held) if first > 0 => held.partition_point(|p| *p < kept[first]),
+            _ => 0,
+        };
+        Moves { held: self, kept: &kept[..end], from, to: first }
+    }
+}
+
+/// `rows` rows that go from consecutive slots to consecutive slots; `to <= from`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Move {
+    pub(super) from: usize,
+    pub(super) to: usize,
+    pub(super) rows: usize,
+}
+
+/// Longest possible [`Move`]s, ascending.
+pub(super) struct Moves<'a> {
+    held: Held<'a>,
+    kept: &'a [Position],
+    from: usize,
+    to: usize,
+}
+
+impl Iterator for Moves<'_> {
+    type Item = Move;
+
+    fn next(&mut self) -> Option<Move> {
+        let run = &self.kept[self.to..];
+        let (from, to) = (self.held.find(*run.first()?, self.from)?, self.to);
+        let rows = (from..).zip(run).take_while(|&(s, &p)| self.held.holds(p, s)).count();
+        self.from = from + rows;
+        self.to += rows;
+        Some(Move { from, to, rows })
+    }
+}
+
+/// Applies moves in place, in order. `at` tells the row of a slot and how many follow it there in one piece.
+///
+/// Why it is safe: destinations do not come after sources, and both ascend. A write thus covers rows that
+/// were read before, or that nobody keeps. Pages change nothing: the argument is about slots, and a table
+/// lists no page twice.
+pub(super) fn slide(
+    bytes: &mut [u8],
+    row: usize,
+    moves: Moves<'_>,
+    at: impl Fn(usize) -> (usize, usize),
+) {
+    for m in moves.skip_while(|m| m.from == m.to) {
+        let mut done = 0;
+        while done < m.rows {
+            let (from, source_piece) = at(m.from + done);
+            let (to, piece) = at(m.to + done);
+            let rows = (m.rows - done).min(source_piece).min(piece);
+            bytes.copy_within(from * row..(from + rows) * row, to * row);
+            done += rows;
+        }
+    }
+}
+
+/// The shape check of this module.
+pub(super) fn expect(what: &'static str, expected: usize, got: usize) -> Result<()> {
+    if expected == got {
+        return Ok(());
+    }
+    Err(Error::Shape { what, expected: expected as u64, got: got as u64 })
+}
