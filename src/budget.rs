@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::geometry::Geometry;
 use crate::ids::LayerId;
 
-/// A fraction `num / den` with `num <= den`, kept exactly.
+/// A fraction `num / den` with `num <= den`, kept exactly, in lowest terms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(
     feature = "serde",
@@ -36,7 +36,8 @@ impl Fraction {
                 expected: "expected a fraction between 0 and 1",
             });
         }
-        Ok(Self { num, den })
+        let divisor = gcd(num, den);
+        Ok(Self { num: num / divisor, den: den / divisor })
     }
 
     /// Numerator.
@@ -100,8 +101,7 @@ impl FromStr for Fraction {
                 .map(|(den, num)| (num, den))
         };
         let (num, den) = parsed.ok_or_else(bad)?;
-        let divisor = gcd(num, den).max(1);
-        Self::new(num / divisor, den / divisor).map_err(|_| bad())
+        Self::new(num, den).map_err(|_| bad())
     }
 }
 

@@ -17,6 +17,7 @@ mod ragged;
 mod reference;
 pub mod score;
 pub mod select;
+mod trigger;
 mod view;
 
 pub use budget::{Budget, Fraction};
@@ -30,4 +31,5 @@ pub use policy::{Policy, PolicyConfig, TwoStage};
 pub use preset::{PRESETS, preset};
 pub use ragged::Ragged;
 pub use reference::{Reference, reference};
+pub use trigger::Trigger;
 pub use view::{LayerView, Layout, Rows, Run, Storage};

@@ -8,9 +8,10 @@
 //!
 //! Planning mutates nothing: caches change when the caller applies what [`Planner::held`] or the plan says.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
-use crate::allocate::{Claim, Demand, Layers, Share, allocate, apportion};
+use crate::allocate::{Claim, Demand, Share, allocate, apportion};
 use crate::backend::Backend;
 use crate::backend::ops::{Contest, TopK};
 use crate::budget::Budget;
@@ -333,29 +334,27 @@ impl<'a, B: Backend> Planner<'a, B> {
     /// Settles what the layer just pushed decides.
     fn settle(&mut self, l: usize) -> Result<Vec<LayerId>> {
         let last = l + 1 == self.geometry.layers().len();
-        let range = self.firsts[l]..self.firsts[l + 1];
-        let spans_layers =
-            |s: &State| s.shares.iter().any(|x| x.contest.segments.len() > range.len().max(1));
-        let global = matches!(self.policy.config.layers, Layers::Global)
-            && self.firsts.len() > 2
-            && self.sequences.iter().any(spans_layers);
-        if global && !last && !self.cascade {
-            return Ok(Vec::new());
-        }
-        let layers = if global { 0..l + 1 } else { l..l + 1 };
         // Sequence after sequence, and within each layer after layer, as contests are numbered.
         let mut parts = Vec::new();
         let mut contests = Vec::new();
         let mut blends = Vec::new();
         let mut next = 0;
         for (i, state) in self.sequences.iter().enumerate() {
-            for m in layers.clone() {
-                let heads = self.geometry.layers()[m].kv_heads();
-                parts.push((m, i * heads..(i + 1) * heads));
-            }
+            let layers = match (state.spans_layers(&self.firsts), last || self.cascade) {
+                (true, false) => continue,
+                (true, true) => 0..l + 1,
+                (false, _) => l..l + 1,
+            };
             let seen = self.firsts[layers.start]..self.firsts[layers.end];
+            let mut held = Vec::with_capacity(seen.len());
+            for m in layers {
+                let heads = self.geometry.layers()[m].kv_heads();
+                let rows = i * heads..(i + 1) * heads;
+                held.extend(rows.clone().map(|row| self.pushed[m].kept.len(row) as u64));
+                parts.push((m, rows));
+            }
             for share in &state.shares {
-                if let Some(contest) = visible(&share.contest, &seen, next) {
+                if let Some(contest) = visible(&share.contest, &seen, &held, next) {
                     contests.push(contest);
                     blends.push(share.blend);
                 }
@@ -365,7 +364,10 @@ impl<'a, B: Backend> Planner<'a, B> {
         let protected = self.protected(&parts);
         let selection = self.select(&parts, contests, &blends, &protected)?;
         self.keep(&parts, &selection, !last)?;
-        Ok(layers.map(|m| LayerId(m as u32)).collect())
+        let mut changed: Vec<usize> = parts.into_iter().map(|(m, _)| m).collect();
+        changed.sort_unstable();
+        changed.dedup();
+        Ok(changed.into_iter().map(|m| LayerId(m as u32)).collect())
     }
 
     /// Protected indices of the segments, as places in what is still held.
@@ -449,21 +451,19 @@ impl<'a, B: Backend> Planner<'a, B> {
         selection: &Ragged<u32>,
         again: bool,
     ) -> Result<()> {
-        let layers = parts.iter().map(|(m, _)| *m).min()..parts.iter().map(|(m, _)| *m + 1).max();
-        let (Some(start), Some(end)) = (layers.start, layers.end) else { return Ok(()) };
-        for m in start..end {
-            // The places of layer m's rows, in row order: sequences ascend in `parts`.
-            let mut places = Ragged::default();
-            let mut next = 0;
-            for (part, rows) in parts {
-                if *part == m {
-                    for s in next..next + rows.len() {
-                        places.push(selection.row(s).iter().copied());
-                    }
-                }
-                next += rows.len();
+        let rows = parts.iter().flat_map(|(m, rows)| rows.clone().map(move |row| (*m, row)));
+        let selected: BTreeMap<_, _> = rows.zip(selection.iter()).collect();
+        for (m, pushed) in self.pushed.iter_mut().enumerate() {
+            if !parts.iter().any(|(part, _)| *part == m) {
+                continue;
             }
-            let pushed = &mut self.pushed[m];
+            // Rows that took no part keep their places.
+            let places: Ragged<u32> = (0..pushed.kept.rows())
+                .map(|row| match selected.get(&(m, row)) {
+                    Some(places) => places.to_vec(),
+                    None => (0..pushed.kept.len(row) as u32).collect(),
+                })
+                .collect();
             if again {
                 pushed.scores = self.backend.pick(&places, &pushed.scores)?;
             }
@@ -521,6 +521,15 @@ impl<'a, B: Backend> Planner<'a, B> {
 }
 
 impl State {
+    /// Whether some budget is contested over several layers.
+    fn spans_layers(&self, firsts: &[usize]) -> bool {
+        let layer = |s: usize| firsts.partition_point(|&first| first <= s);
+        self.shares.iter().any(|share| {
+            let segments = &share.contest.segments;
+            !segments.is_empty() && layer(segments.start) != layer(segments.end - 1)
+        })
+    }
+
     fn new<B: Backend>(
         policy: &Policy<B>,
         geometry: &Geometry,
@@ -552,8 +561,11 @@ impl State {
         let everything = |s: &Segment| protect.slots(tokens, u64::MAX, |r| s.indices_of(r));
         let protected: Vec<u64> = segments.iter().map(|s| count(&everything(s))).collect();
         let whole: u64 = lens.iter().sum();
-        let in_units =
-            if slots == available { whole } else { slots / u64::from(config.align.unit) };
+        let in_units = if slots == available {
+            whole
+        } else {
+            in_units(slots, config.align.unit, &segments, &protect, tokens).min(whole)
+        };
         let heads: Vec<usize> = geometry.layers().iter().map(|s| s.kv_heads()).collect();
         let demand = Demand { heads: &heads, lens: &lens, protected: &protected, budget: in_units };
         let shares = allocate(&config.layers, &config.heads, &demand)?;
@@ -564,6 +576,19 @@ impl State {
         let recent = protect.recent;
         Ok(Self { tokens, recent, slots_per_head, segments, shares, report })
     }
+}
+
+/// Whole units that fit into `slots`. Partly filled last units that are sure to be kept cost what they hold.
+fn in_units(slots: u64, unit: u32, segments: &[Segment], protect: &Protect, tokens: u32) -> u64 {
+    let unit = u64::from(unit);
+    let lacking = |segment: &Segment| {
+        let last = segment.units.as_ref().and_then(|u| u.last())?;
+        let place = segment.len - 1;
+        let safe = protect.positions(tokens).into_iter().map(|r| segment.indices_of(r));
+        safe.into_iter().any(|r| r.contains(&place)).then_some(unit - last.len() as u64)
+    };
+    let refined = (slots + segments.iter().filter_map(lacking).sum::<u64>()) / unit;
+    if refined >= segments.len() as u64 { refined } else { slots / unit }
 }
 
 /// Sets what each segment protects within its share; returns the slots that protection lost.
@@ -625,9 +650,9 @@ fn held_of(
     }
 }
 
-/// The part of a contest within the segments seen, renumbered to start at `next`: unseen segments keep
-/// their floors in reserve.
-fn visible(contest: &Contest, seen: &Range<usize>, next: usize) -> Option<Contest> {
+/// The part of a contest within the segments seen, which hold `held`, renumbered to start at `next`.
+/// Unseen segments keep their floors in reserve.
+fn visible(contest: &Contest, seen: &Range<usize>, held: &[u64], next: usize) -> Option<Contest> {
     let start = contest.segments.start.max(seen.start);
     let end = contest.segments.end.min(seen.end);
     if start >= end {
@@ -636,8 +661,9 @@ fn visible(contest: &Contest, seen: &Range<usize>, next: usize) -> Option<Contes
     let first = contest.segments.start;
     let floors = contest.floors[start - first..end - first].to_vec();
     let reserve = contest.floors.iter().sum::<u64>() - floors.iter().sum::<u64>();
+    let held: u64 = held[start - seen.start..end - seen.start].iter().sum();
     let segments = start - seen.start + next..end - seen.start + next;
-    Some(Contest { segments, budget: contest.budget - reserve, floors })
+    Some(Contest { segments, budget: (contest.budget - reserve).min(held), floors })
 }
 
 /// Ada-KV's safeguard in the paper's form, exact: above what is protected, segment `h` gets

@@ -5,8 +5,8 @@
 //!
 //! 1. the plan fits the geometry, and its own sums of slots and bytes are right;
 //! 2. positions strictly ascend, lie below the token count, and were held before;
-//! 3. the slots are exactly `min(budget, available)`; with units (pages, chunks) never more, and less only by
-//!    less than one unit per head;
+//! 3. the slots are exactly `min(budget, available)`; with units (pages, chunks) never more, and no further
+//!    whole unit would have fitted (partly filled units counted as whole ones);
 //! 4. every head keeps a slot, unless the budget is smaller than the number of heads that hold any;
 //! 5. what is protected is kept, unless the report says that the budget was too small for it;
 //! 6. units are kept or freed whole.
@@ -145,7 +145,7 @@ impl Plan {
         }
         let unit = promise.unit.max(1);
         let (mut kept_slots, mut kept_bytes, mut available) = (0u64, 0u64, 0u64);
-        let (mut holding_heads, mut empty_head) = (0u64, None);
+        let (mut kept_units, mut holding_heads, mut empty_head) = (0u64, 0u64, None);
         for (l, shape) in shapes.iter().enumerate() {
             let layer = LayerId(l as u32);
             let heads = &self.layers[l];
@@ -171,9 +171,7 @@ impl Plan {
                 if self.report.protection_cut == 0 {
                     check_protected(layer, head, kept, held, &promise.protected)?;
                 }
-                if unit > 1 {
-                    check_units(layer, head, kept, held, unit)?;
-                }
+                kept_units += check_units(layer, head, kept, held, unit)?;
                 if kept.is_empty() && !held.is_empty() {
                     empty_head.get_or_insert((layer, head));
                 }
@@ -191,8 +189,8 @@ impl Plan {
         }
         let budget = promise.budget.unwrap_or(self.budget);
         let budget = budget.resolve(geometry, u64::from(self.tokens)).min(available);
-        let slack = u64::from(unit - 1) * holding_heads.max(1);
-        if kept_slots > budget || kept_slots + slack < budget {
+        let one_more = (kept_units + 1) * u64::from(unit);
+        if kept_slots > budget || (one_more <= budget && kept_slots < available) {
             return Err(CheckError::Budget { budget, available, kept: kept_slots });
         }
         match empty_head {
@@ -242,26 +240,26 @@ fn check_protected(
     Ok(())
 }
 
+/// Number of units kept, if each is kept whole.
 fn check_units(
     layer: LayerId,
     head: KvHead,
     kept: &[Position],
     held: &[Position],
     size: u32,
-) -> Result<(), CheckError> {
+) -> Result<u64, CheckError> {
     let below = |list: &[Position], unit: u32| list.partition_point(|p| p.0 / size < unit);
     let count = |list: &[Position], unit| below(list, unit + 1) - below(list, unit);
-    let mut checked = None;
-    for position in kept {
-        let unit = position.0 / size;
-        if checked == Some(unit) {
-            continue;
-        }
-        checked = Some(unit);
+    let mut units = 0;
+    let mut at = 0;
+    while at < kept.len() {
+        let unit = kept[at].0 / size;
         let (kept, held) = (count(kept, unit), count(held, unit));
         if kept != held {
             return Err(CheckError::SplitUnit { layer, head, unit, kept, held });
         }
+        at += kept;
+        units += 1;
     }
-    Ok(())
+    Ok(units)
 }

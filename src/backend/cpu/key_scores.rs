@@ -23,7 +23,7 @@ const COSINE_EPS: f64 = 1e-8;
 /// Smallest norm that makes a unit key, as in torch's `normalize`.
 const UNIT_EPS: f64 = 1e-12;
 
-/// Calls `score(task's segment, first slot, keys of the tile, scores of the tile)`.
+/// Calls `score(segment, keys, scores)` for each tile.
 fn for_each_tile(
     layers: &[HostLayer<'_>],
     out: &mut Ragged<f32>,
@@ -40,40 +40,40 @@ fn for_each_tile(
     tasks.into_par_iter().for_each_init(Vec::new, |keys, (s, layer, head, start, out)| {
         keys.resize(out.len() * layer.shape().head_dim(), 0.0);
         tile::widen_rows(layer.k(), head, start..start + out.len(), keys);
-        simd(|| score(s, keys, out));
+        score(s, keys, out);
     });
 }
 
 pub(super) fn key_norm(layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
     expect_segments(layers, out)?;
-    for_each_tile(layers, out, #[inline(always)]
-    |_, keys, out| {
+    for_each_tile(layers, out, |_, keys, out| {
         let dim = keys.len() / out.len();
-        for (key, out) in keys.chunks_exact(dim).zip(out) {
-            *out = -dot(key, key).sqrt() as f32;
-        }
+        simd(|| {
+            for (key, out) in keys.chunks_exact(dim).zip(out) {
+                *out = -dot(key, key).sqrt() as f32;
+            }
+        });
     });
     Ok(())
 }
 
 pub(super) fn key_diff(layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
     expect_segments(layers, out)?;
-    let means = unit_key_sums(layers);
-    for_each_tile(layers, out, #[inline(always)]
-    |s, keys, out| {
-        // A cosine does not see that this is a sum and not a mean, save for the clamp below.
+    let means = unit_key_means(layers);
+    for_each_tile(layers, out, |s, keys, out| {
         let (mean, norm) = &means[s];
-        for (key, out) in keys.chunks_exact(mean.len()).zip(out) {
-            let product: f64 = dot(key, mean);
-            let norms = clamp(dot(key, key).sqrt(), COSINE_EPS) * norm;
-            *out = -(product / norms) as f32;
-        }
+        simd(|| {
+            for (key, out) in keys.chunks_exact(mean.len()).zip(out) {
+                let norms = clamp(dot(key, key).sqrt(), COSINE_EPS) * norm;
+                *out = -(dot(key, mean) / norms) as f32;
+            }
+        });
     });
     Ok(())
 }
 
 /// Mean of the unit keys of each segment, rounded to f32, and its norm.
-fn unit_key_sums(layers: &[HostLayer<'_>]) -> Vec<(Vec<f32>, f64)> {
+fn unit_key_means(layers: &[HostLayer<'_>]) -> Vec<(Vec<f32>, f64)> {
     let tasks: Vec<_> = tile::segments(layers)
         .enumerate()
         .flat_map(|(s, (layer, head))| {
@@ -115,6 +115,7 @@ fn unit_key_sums(layers: &[HostLayer<'_>]) -> Vec<(Vec<f32>, f64)> {
 }
 
 /// At least `least`; NaN stays.
+#[inline(always)]
 fn clamp(x: f64, least: f64) -> f64 {
     if x < least { least } else { x }
 }

@@ -135,8 +135,8 @@ fn deviation(row: &[f32], minima: &[f32], ranges: &[f32], z: &mut [f64]) -> f64 
         return 0.0;
     }
     for (((z, &x), &min), &range) in z.iter_mut().zip(row).zip(minima).zip(ranges) {
-        let scaled = (x - min) / range;
-        *z = f64::from(if range == 0.0 { 0.0 } else { scaled });
+        // Not simply 0 for a constant channel: NaN must stay NaN.
+        *z = f64::from(if range == 0.0 { (x - min) * 0.0 } else { (x - min) / range });
     }
     let mean = sum(z) / row.len() as f64;
     z.iter_mut().for_each(|z| *z = (*z - mean) * (*z - mean));

@@ -29,9 +29,11 @@ pub(super) fn run(layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()>
             tasks.push((layer, head, i * TILE, out));
         }
     }
-    tasks.into_par_iter().try_for_each_init(Scratch::default, |scratch, (layer, head, start, out)| {
-        scratch.norms(layer, head, start, out)
-    })
+    tasks
+        .into_par_iter()
+        .try_for_each_init(Scratch::default, |scratch, (layer, head, start, out)| {
+            scratch.norms(layer, head, start, out)
+        })
 }
 
 /// A thread's buffers.
