@@ -1,0 +1,290 @@
+//! Every preset, end to end on random attention: plans keep their promises at every budget, parameters are
+//! reachable by name, and the methods do what they are named for.
+
+use kvbudget::backend::cpu::{Cpu, HostLayer, HostSlice};
+use kvbudget::plan::Promise;
+use kvbudget::{
+    Budget, Dtype, Error, Geometry, LayerShape, LayerView, PRESETS, Plan, Planner, PolicyConfig,
+    Reference, Result, Rows, preset, reference,
+};
+
+const DIM: u32 = 8;
+const HIDDEN: u32 = 24;
+
+/// Tensors of a small model: queries of all tokens, so that every method has what it needs.
+struct Model {
+    tokens: u32,
+    /// `(query heads, kv heads)` of each layer.
+    heads: Vec<(u32, u32)>,
+    /// `[k, v, q, o_proj]` of each layer.
+    layers: Vec<[Vec<f32>; 4]>,
+}
+
+impl Model {
+    fn new(tokens: u32, heads: &[(u32, u32)]) -> Self {
+        let mut state = 0x9e37_79b9_7f4a_7c15u64 ^ u64::from(tokens);
+        let mut noise = |n: u32| -> Vec<f32> {
+            let mut next = || {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+            };
+            (0..n).map(|_| 1.5 * (next() + next() + next())).collect()
+        };
+        let mut layer = |&(hq, h): &(u32, u32)| {
+            let cache = h * tokens * DIM;
+            [noise(cache), noise(cache), noise(hq * tokens * DIM), noise(HIDDEN * hq * DIM)]
+        };
+        let layers = heads.iter().map(&mut layer).collect();
+        Self { tokens, heads: heads.to_vec(), layers }
+    }
+
+    fn geometry(&self) -> Geometry {
+        let shape = |&(hq, h): &(u32, u32)| LayerShape::new(hq, h, DIM).unwrap();
+        Geometry::new(self.heads.iter().map(shape).collect(), Dtype::F32).unwrap()
+    }
+
+    fn view(&self, l: usize) -> HostLayer<'_> {
+        let ((hq, h), [k, v, q, o]) = (self.heads[l], &self.layers[l]);
+        let rows = |data, heads, len, dim| {
+            Rows::heads_first(HostSlice::F32(data), heads, len, dim).unwrap()
+        };
+        let shape = LayerShape::new(hq, h, DIM).unwrap();
+        LayerView::new(
+            shape,
+            self.tokens,
+            rows(k, h, self.tokens, DIM),
+            rows(v, h, self.tokens, DIM),
+        )
+        .and_then(|view| view.with_queries(rows(q, hq, self.tokens, DIM)))
+        .and_then(|view| view.with_output_projection(rows(o, 1, HIDDEN, hq * DIM)))
+        .unwrap()
+    }
+
+    fn plan(&self, config: &PolicyConfig, budget: Budget) -> Result<Plan> {
+        let (cpu, geometry, policy) = (Cpu::new(), self.geometry(), config.build::<Cpu>()?);
+        let mut planner = Planner::new(&cpu, &policy, &geometry, budget, &[self.tokens])?;
+        for l in 0..self.layers.len() {
+            planner.push(&[self.view(l)])?;
+        }
+        planner.finish().map(|mut plans| plans.remove(0))
+    }
+}
+
+fn budgets() -> Vec<Budget> {
+    ["0%", "1%", "7%", "20%", "50%", "99%", "100%", "5/head", "40/head", "101 slots", "3 kB"]
+        .iter()
+        .map(|text| text.parse().unwrap())
+        .collect()
+}
+
+/// The budget is met exactly by every preset, from nothing to everything, on short and long sequences.
+#[test]
+fn every_preset_meets_every_budget() {
+    for (tokens, heads) in [
+        (1, vec![(2, 1)]),
+        (9, vec![(4, 2), (4, 2)]),
+        (33, vec![(3, 3)]),
+        (150, vec![(4, 2), (2, 2), (6, 1)]),
+    ] {
+        let model = Model::new(tokens, &heads);
+        let geometry = model.geometry();
+        for name in PRESETS {
+            let config = preset(name).unwrap();
+            for budget in budgets() {
+                let plan = model
+                    .plan(&config, budget)
+                    .unwrap_or_else(|e| panic!("{name} {budget} T={tokens}: {e}"));
+                let slots = budget.resolve(&geometry, tokens.into());
+                assert_eq!(plan.slots, slots, "{name} {budget} T={tokens}");
+                let mean = slots / geometry.heads() as u64;
+                let protected = config.protect.for_budget(mean).positions(tokens);
+                let promise = Promise { budget: Some(budget), protected, ..Promise::default() };
+                plan.check(&geometry, &promise)
+                    .unwrap_or_else(|e| panic!("{name} {budget} T={tokens}: {e}"));
+            }
+        }
+    }
+}
+
+/// Chunks and pages for every preset: kept or freed whole, within the budget.
+#[test]
+fn every_preset_can_keep_whole_pages() {
+    let model = Model::new(150, &[(4, 2), (4, 2)]);
+    for name in PRESETS {
+        let mut config = preset(name).unwrap();
+        config.set("unit", "16").unwrap();
+        for budget in budgets() {
+            let plan = model.plan(&config, budget).unwrap();
+            let promise = Promise { unit: 16, ..Promise::default() };
+            plan.check(&model.geometry(), &promise)
+                .unwrap_or_else(|e| panic!("{name} {budget}: {e}"));
+        }
+    }
+}
+
+/// ChunkKV: every head of a layer keeps the same chunks.
+#[test]
+fn shared_chunks_are_the_same_for_all_heads() {
+    let model = Model::new(150, &[(4, 2), (4, 2)]);
+    let mut config = preset("snapkv").unwrap();
+    config.set("unit", "10").unwrap();
+    config.set("share_heads", "true").unwrap();
+    let plan = model.plan(&config, "40%".parse().unwrap()).unwrap();
+    for layer in &plan.layers {
+        assert_eq!(layer.row(0), layer.row(1));
+        assert!(layer.len(0) > 32);
+    }
+    config.set("share_heads", "false").unwrap();
+    let plan = model.plan(&config, "40%".parse().unwrap()).unwrap();
+    assert!(plan.layers.iter().any(|layer| layer.row(0) != layer.row(1)));
+}
+
+#[test]
+fn streaming_keeps_sinks_and_the_newest() {
+    let model = Model::new(100, &[(2, 1), (2, 1)]);
+    let plan = model.plan(&preset("streaming").unwrap(), Budget::TokensPerHead(10)).unwrap();
+    let kept: Vec<u32> = plan.layers[1].row(0).iter().map(|p| p.0).collect();
+    assert_eq!(kept, [0, 1, 2, 3, 94, 95, 96, 97, 98, 99]);
+}
+
+#[test]
+fn h2o_keeps_half_of_its_budget_for_recent_tokens() {
+    let model = Model::new(100, &[(2, 1)]);
+    let plan = model.plan(&preset("h2o").unwrap(), Budget::TokensPerHead(40)).unwrap();
+    let kept: Vec<u32> = plan.layers[0].row(0).iter().map(|p| p.0).collect();
+    assert!(kept[20..].iter().copied().eq(80..100), "{kept:?}");
+}
+
+/// Ada and global budgets differ by head, equal ones do not; pyramids fall with depth and still sum up.
+#[test]
+fn allocations_have_their_shapes() {
+    let model = Model::new(200, &[(4, 2), (4, 2), (4, 2), (4, 2)]);
+    let budget: Budget = "30%".parse().unwrap();
+    let lens = |name: &str| -> Vec<usize> {
+        let plan = model.plan(&preset(name).unwrap(), budget).unwrap();
+        plan.layers.iter().flat_map(|l| l.lens().collect::<Vec<_>>()).collect()
+    };
+    assert_eq!(lens("snapkv"), vec![60; 8]);
+    let pyramid = lens("pyramidkv");
+    assert!(pyramid.is_sorted_by(|a, b| a >= b) && pyramid[0] > pyramid[7] + 20, "{pyramid:?}");
+    assert_eq!(pyramid.iter().sum::<usize>(), 480);
+    let ada = lens("ada-snapkv");
+    assert!(ada.chunks(2).all(|layer| layer[0] + layer[1] == 120) && ada[0] != ada[1], "{ada:?}");
+    let global = lens("layer-defensivekv");
+    assert!(global.chunks(2).any(|layer| layer[0] + layer[1] != 120), "{global:?}");
+    assert_eq!(global.iter().sum::<usize>(), 480);
+}
+
+/// Explicit weights share the budget in proportion.
+#[test]
+fn weights_are_followed() {
+    let model = Model::new(100, &[(2, 2), (2, 2)]);
+    let mut config = preset("knorm").unwrap();
+    config.set("layer_weights", "3, 1").unwrap();
+    config.set("head_weights", "1,1;4,1").unwrap();
+    let plan = model.plan(&config, Budget::Slots(100)).unwrap();
+    let lens: Vec<usize> = plan.layers.iter().flat_map(|l| l.lens().collect::<Vec<_>>()).collect();
+    assert_eq!(lens, [38, 37, 20, 5]);
+    config.set("layer_weights", "1").unwrap();
+    assert!(matches!(model.plan(&config, Budget::Slots(100)), Err(Error::Shape { .. })));
+    config.set("layer_weights", "1,-1").unwrap();
+    assert!(matches!(model.plan(&config, Budget::Slots(100)), Err(Error::Parameter { .. })));
+}
+
+/// Every parameter that a preset lists can be set to the value it has, and unknown ones are answered with the list.
+#[test]
+fn parameters_are_reached_by_name() {
+    let model = Model::new(150, &[(4, 2), (4, 2)]);
+    let budget: Budget = "30%".parse().unwrap();
+    for name in PRESETS {
+        let original = preset(name).unwrap();
+        let mut config = original.clone();
+        for (key, value) in original.parameters() {
+            config.set(key, &value).unwrap_or_else(|e| panic!("{name} {key}={value}: {e}"));
+            let error = config.set(key, "…").unwrap_err().to_string();
+            assert!(error.contains('…'), "{name} {key}: {error}");
+        }
+        assert_eq!(model.plan(&config, budget), model.plan(&original, budget), "{name}");
+        let error = config.set("windw", "1").unwrap_err().to_string();
+        for (key, _) in original.parameters() {
+            assert!(error.contains(key), "{error}");
+        }
+    }
+    let error = preset("snapkw").unwrap_err().to_string();
+    assert!(PRESETS.iter().all(|name| error.contains(name)), "{error}");
+}
+
+/// Parameters change plans: none is read and dropped.
+#[test]
+fn parameters_matter() {
+    let model = Model::new(300, &[(4, 2), (4, 2)]);
+    let changes = [
+        ("snapkv", "window", "8"),
+        ("snapkv", "kernel", "1"),
+        ("snapkv", "pooling", "avg"),
+        ("snapkv", "group", "max"),
+        ("snapkv", "sinks", "9"),
+        ("snapkv", "ranges", "100..110"),
+        ("pyramidkv", "beta", "2"),
+        ("ada-snapkv", "alpha", "0.9"),
+        ("ada-snapkv", "form", "blend"),
+        ("criticalkv", "first_stage", "0"),
+        ("criticalkv", "epsilon", "10"),
+        ("defensivekv", "threshold", "0.3"),
+        ("defensivekv", "kernel", "1"),
+        ("layer-defensivekv", "norm_scale", "none"),
+        ("lagkv", "lag", "16"),
+        ("lagkv", "lag_sinks", "40"),
+        ("h2o", "recent_share", "0.9"),
+        ("random", "seed", "1"),
+    ];
+    let budget: Budget = "30%".parse().unwrap();
+    for (name, key, value) in changes {
+        let mut config = preset(name).unwrap();
+        let before = model.plan(&config, budget).unwrap();
+        config.set(key, value).unwrap();
+        let after = model.plan(&config, budget).unwrap();
+        assert_ne!(before.layers, after.layers, "{name} {key}={value} changed nothing");
+    }
+}
+
+/// What a method needs and does not get is named.
+#[test]
+fn missing_observations_are_named() {
+    let model = Model::new(60, &[(4, 2)]);
+    let geometry = model.geometry();
+    let (view, [.., q, _]) = (model.view(0), &model.layers[0]);
+    let bare = LayerView::new(view.shape(), 60, *view.k(), *view.v()).unwrap();
+    let window: Vec<f32> = q[..4 * 40 * DIM as usize].to_vec();
+    let window = Rows::heads_first(HostSlice::F32(&window), 4, 40, DIM).unwrap();
+    let windowed = bare.with_queries(window).unwrap();
+    let push = |name: &str, view: HostLayer<'_>| {
+        let (cpu, policy) = (Cpu::new(), preset(name).unwrap().build::<Cpu>().unwrap());
+        let budget = Budget::TokensPerHead(10);
+        let mut planner = Planner::new(&cpu, &policy, &geometry, budget, &[60u32]).unwrap();
+        planner.push(&[view]).err()
+    };
+    assert!(matches!(push("snapkv", bare), Some(Error::Missing { what: "queries (q)", .. })));
+    assert!(matches!(
+        push("h2o", windowed),
+        Some(Error::TooFewQueries { needed: 60, got: 40, .. })
+    ));
+    assert!(matches!(push("criticalkv", windowed), Some(Error::Missing { .. })));
+    assert_eq!(push("knorm", bare), None);
+    assert_eq!(push("snapkv", windowed), None);
+}
+
+/// Reference modes exist for what was published, and miss the budget where the published code does.
+#[test]
+fn reference_modes_truncate_as_published() {
+    let model = Model::new(100, &[(4, 2)]);
+    let config = reference(Reference::Kvpress, "knorm").unwrap();
+    // 100 · (1 - 0.9) truncates to 9.
+    assert_eq!(model.plan(&config, "10%".parse().unwrap()).unwrap().slots, 2 * 9);
+    assert_eq!(model.plan(&preset("knorm").unwrap(), "10%".parse().unwrap()).unwrap().slots, 20);
+    let error = reference(Reference::DefensiveKv, "snapkv").unwrap_err().to_string();
+    assert!(error.contains("layer-defensivekv"), "{error}");
+    assert!(model.plan(&config, Budget::Slots(7)).is_err());
+}
