@@ -58,6 +58,14 @@ pub enum Error {
         /// The largest allowed.
         limit: u64,
     },
+    /// Memory that the allocator refuses.
+    #[error("out of memory: {what} needs {bytes} bytes")]
+    OutOfMemory {
+        /// What it was for.
+        what: &'static str,
+        /// Bytes asked for.
+        bytes: u64,
+    },
     /// Two tensors that must share a dtype do not.
     #[error("{what}: expected dtype {expected}, got {got}")]
     Dtype {

@@ -106,7 +106,9 @@ fn run(mode: Reference, case: &Value, input: &Input) -> (Vec<Vec<Vec<u64>>>, Pol
     let mut planner =
         Planner::new(&cpu, &policy, &geometry, budget, &[layers[0].tokens()]).unwrap();
     for layer in &layers {
-        planner.push(std::slice::from_ref(layer)).unwrap_or_else(|e| panic!("{}: {e}", case["name"]));
+        planner
+            .push(std::slice::from_ref(layer))
+            .unwrap_or_else(|e| panic!("{}: {e}", case["name"]));
     }
     let plan = planner.finish().unwrap().remove(0);
     let heads = |row: &[Position]| row.iter().map(|p| u64::from(p.0)).collect();

@@ -43,8 +43,6 @@ pub trait Backend: Send + Sync {
     fn to_host(&self, rows: &Self::Floats) -> Result<Ragged<f32>>;
     /// Writes rows.
     fn upload(&self, rows: Ragged<f32>) -> Result<Self::Floats>;
-    /// One list of rows out of several, in order.
-    fn concat(&self, parts: Vec<Self::Floats>) -> Result<Self::Floats>;
     /// A copy of some of the rows.
     fn slice(&self, rows: &Self::Floats, range: Range<usize>) -> Result<Self::Floats>;
     /// NaN in each row.
@@ -87,7 +85,8 @@ pub trait Backend: Send + Sync {
         layers: &[LayerView<'_, Self::Storage<'_>>],
         out: &mut Self::Floats,
     ) -> Result<()>;
-    /// LagKV scores; slots outside full partitions get 1.
+    /// LagKV scores. Sinks, the last full partition and what follows it get 1; a head shorter than the sinks and
+    /// two partitions gets 1 for its sinks and a ramp from 0 towards 1 after them.
     fn lag(
         &self,
         op: &Lag,

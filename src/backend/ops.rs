@@ -41,14 +41,14 @@ pub enum Pooling {
 /// position, window slots included in the denominator), then reduced over `w` and over the group.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct WindowAttention {
-    /// Query rows used: the last ones of the observation.
+    /// Query rows used: the last ones of the observation, all of them for sequences no longer than that.
     pub window: u32,
     /// Reduction over the query rows, first.
     pub over_window: Reduce,
     /// Reduction over the query heads that share a KV head, second.
     pub over_group: Reduce,
-    /// Average-pool every row over the past slots with this odd kernel, then scale the row back to the mass
-    /// it had (DefensiveKV, lines 5 and 6 of its code).
+    /// Average-pool every row over the scored slots with this odd kernel, then scale the row back to the mass
+    /// it had there (DefensiveKV, lines 5 and 6 of its code).
     pub row_pool: Option<u32>,
     /// Also score the slots inside the window. Otherwise they get 0, and pooling sees only the past.
     pub score_window: bool,
@@ -79,7 +79,8 @@ pub struct Lag {
 /// Scores without looking at tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Positional {
-    /// The slot's position: later is better.
+    /// Strictly increasing in the slot's position, up to `2^31`: later is better. The values themselves mean
+    /// nothing.
     Recency,
     /// Uniform in [0, 1), a function of seed, layer, head and position alone.
     Random {
@@ -117,8 +118,8 @@ pub struct Contest {
     pub floors: Vec<u64>,
 }
 
-/// Exact selection of the best slots. Order: protected first, then score descending (`-0 = +0`, NaN
-/// lowest), then segment ascending, then slot ascending.
+/// Exact selection of the best slots. Order: protected first, whatever their scores; then score descending
+/// (`-0 = +0`, NaN lowest); then segment ascending, then slot ascending.
 ///
 /// In each contest, every segment keeps its `floor` best; the rest of the budget goes to the best of
 /// what is left of all. Output slots ascend within each segment.

@@ -61,11 +61,10 @@ pub(super) fn reserved<T>(what: &'static str, len: u128) -> Result<Vec<T>> {
     let mut list = Vec::new();
     match usize::try_from(len).map(|len| list.try_reserve_exact(len)) {
         Ok(Ok(())) => Ok(list),
-        _ => Err(Error::TooLarge {
-            what,
-            got: u64::try_from(len).unwrap_or(u64::MAX),
-            limit: (isize::MAX as usize / size_of::<T>()) as u64,
-        }),
+        _ => {
+            let bytes = len.saturating_mul(size_of::<T>() as u128);
+            Err(Error::OutOfMemory { what, bytes: u64::try_from(bytes).unwrap_or(u64::MAX) })
+        }
     }
 }
 

@@ -107,11 +107,12 @@ pub(crate) fn score<B: Backend>(
         });
     }
     if reference == Reference::DefensiveKv {
-        let parts = layers
-            .iter()
-            .map(|l| backend.upload(defensivekv::score(backend, config, budget, l)?))
-            .collect::<Result<_>>()?;
-        return Ok(Scored { scores: backend.concat(parts)?, weighted: None });
+        let mut rows = Ragged::default();
+        for layer in layers {
+            let scores = defensivekv::score(backend, config, budget, layer)?;
+            scores.iter().for_each(|row| rows.push(row.iter().copied()));
+        }
+        return Ok(Scored { scores: backend.upload(rows)?, weighted: None });
     }
     if let Some(window) = window(config)
         && let Some(short) = layers.iter().find(|l| l.tokens() <= window)

@@ -10,7 +10,7 @@
 use super::{ScoreContext, Scorer, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::{Reduce, WindowAttention};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::parameters::parameters;
 use crate::view::LayerView;
 
@@ -31,26 +31,16 @@ impl<B: Backend> Scorer<B> for H2o {
         _: &ScoreContext<'_>,
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<B::Floats> {
-        let mut scores = Vec::with_capacity(layers.len());
-        // Sequences of different lengths have windows of different lengths.
-        for layer in layers {
-            let rows = layer.q("h2o")?.len(0) as u64;
-            if rows < u64::from(layer.tokens()) {
-                let needed = u64::from(layer.tokens());
-                return Err(Error::TooFewQueries { method: "h2o", needed, got: rows });
-            }
-            let attention = WindowAttention {
-                window: layer.tokens(),
-                over_window: Reduce::Mean,
-                over_group: Reduce::Mean,
-                row_pool: None,
-                score_window: true,
-            };
-            let one = std::slice::from_ref(layer);
-            let mut out = backend.zeros(&segment_lens(one))?;
-            backend.window_attention(&attention, one, &mut out, None)?;
-            scores.push(out);
-        }
-        backend.concat(scores)
+        let attention = WindowAttention {
+            // All queries, however many tokens a sequence has.
+            window: u32::MAX,
+            over_window: Reduce::Mean,
+            over_group: Reduce::Mean,
+            row_pool: None,
+            score_window: true,
+        };
+        let mut scores = backend.zeros(&segment_lens(layers))?;
+        backend.window_attention(&attention, layers, &mut scores, None)?;
+        Ok(scores)
     }
 }

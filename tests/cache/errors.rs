@@ -154,7 +154,7 @@ fn foreign_pools_and_over_large_requests_are_errors() {
     assert!(matches!(PagePool::new(Dtype::F32, 0, 1, 1), Err(Error::Zero { .. })));
     assert!(matches!(PagePool::new(Dtype::F32, 1, 0, 1), Err(Error::Zero { .. })));
     let huge = PagePool::new(Dtype::F32, u32::MAX, i32::MAX as u32, u32::MAX);
-    assert!(matches!(huge, Err(Error::TooLarge { .. })));
+    assert!(matches!(huge, Err(Error::OutOfMemory { .. })));
     assert!(matches!(PagePool::new(Dtype::F32, 1, u32::MAX, 1), Err(Error::TooLarge { .. })));
     let huge = FlatCache::gather(&view, &kept, u32::MAX);
     assert!(matches!(huge, Err(Error::TooLarge { .. })));

@@ -19,7 +19,7 @@ use rayon::prelude::*;
 
 use super::HostSlice;
 use super::rows::expect_rows;
-use super::tile::{self, LANES, exp, fold, simd};
+use super::tile::{self, exp, simd};
 use crate::backend::AttendView;
 use crate::backend::ops::Attend;
 use crate::error::{Error, Result};
@@ -193,14 +193,20 @@ impl<'a> Block<'a> {
                 if i < n { self.visible(i).clamp(start, end) - start } else { 0 }
             });
             tile::widen_rows(&view.k, self.head, start..end, tile);
-            simd(|| logits(dim, &self.q[..n * dim], tile, &mut weights));
+            simd(
+                #[inline(always)]
+                || logits(dim, &self.q[..n * dim], tile, &mut weights),
+            );
             tile::widen_rows(&view.v, self.head, start..end, tile);
-            simd(|| {
-                for i in 0..n {
-                    part.weigh(i, dim, &mut weights[i][..seen[i]]);
-                }
-                accumulate(dim, &weights, &seen[..n], tile, &mut part.out);
-            });
+            simd(
+                #[inline(always)]
+                || {
+                    for i in 0..n {
+                        part.weigh(i, dim, &mut weights[i][..seen[i]]);
+                    }
+                    accumulate(dim, &weights, &seen[..n], tile, &mut part.out);
+                },
+            );
         }
     }
 
@@ -267,56 +273,50 @@ impl Part {
 /// `weights[i][row] = q[i] · tile[row]`.
 #[inline(always)]
 fn logits(dim: usize, q: &[f32], tile: &[f32], weights: &mut [[f32; TILE_ROWS]; QUERIES]) {
-    for (q, weights) in q.chunks(4 * dim).zip(weights.chunks_mut(4)) {
-        for (r, row) in tile.chunks_exact(dim).enumerate() {
-            // Four queries at a time: a row is loaded once, and there are four chains of additions.
-            if q.len() == 4 * dim {
-                let dots = dot4(dim, q, row);
-                (0..4).for_each(|i| weights[i][r] = dots[i]);
-            } else {
-                for (q, weights) in q.chunks_exact(dim).zip(weights.iter_mut()) {
-                    weights[r] = dot(q, row);
-                }
-            }
+    /// Rows that meet a query together: as many chains of additions as hide their latency.
+    const ROWS: usize = 8;
+    let blocks = tile.chunks_exact(ROWS * dim);
+    let (rest, done) = (blocks.remainder(), tile.len() / (ROWS * dim) * ROWS);
+    for (b, block) in blocks.enumerate() {
+        let rows: [&[f32]; ROWS] = std::array::from_fn(|r| &block[r * dim..(r + 1) * dim]);
+        for (q, weights) in q.chunks_exact(dim).zip(weights.iter_mut()) {
+            weights[b * ROWS..(b + 1) * ROWS].copy_from_slice(&dots(q, rows));
+        }
+    }
+    for (r, row) in rest.chunks_exact(dim).enumerate() {
+        for (q, weights) in q.chunks_exact(dim).zip(weights.iter_mut()) {
+            [weights[done + r]] = dots(q, [row]);
         }
     }
 }
 
+/// Dot products of a query with several rows; each the same bits as alone.
 #[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    let mut lanes = [0f32; LANES];
-    for (a, b) in a.iter().zip(b) {
-        for l in 0..LANES {
-            lanes[l] += a[l] * b[l];
-        }
-    }
-    for ((lane, &a), &b) in lanes.iter_mut().zip(a_rest).zip(b_rest) {
-        *lane += a * b;
-    }
-    fold(lanes)
-}
-
-#[inline(always)]
-fn dot4(dim: usize, q: &[f32], row: &[f32]) -> [f32; 4] {
-    let (row, row_rest) = row.as_chunks::<LANES>();
-    let q: [(&[[f32; LANES]], &[f32]); 4] =
-        std::array::from_fn(|i| q[i * dim..(i + 1) * dim].as_chunks::<LANES>());
-    let q_chunks = q.map(|(chunks, _)| &chunks[..row.len()]);
-    let mut lanes = [[0f32; LANES]; 4];
-    for (c, row) in row.iter().enumerate() {
-        for i in 0..4 {
+fn dots<const R: usize>(q: &[f32], rows: [&[f32]; R]) -> [f32; R] {
+    /// Wider sums cost more to fold than they save.
+    const LANES: usize = 8;
+    let (chunks, q_rest) = q.as_chunks::<LANES>();
+    let row_chunks = rows.map(|row| &row.as_chunks::<LANES>().0[..chunks.len()]);
+    let mut lanes = [[0f32; LANES]; R];
+    for (c, q) in chunks.iter().enumerate() {
+        for r in 0..R {
             for l in 0..LANES {
-                lanes[i][l] += q_chunks[i][c][l] * row[l];
+                lanes[r][l] += q[l] * row_chunks[r][c][l];
             }
         }
     }
-    std::array::from_fn(|i| {
-        for ((lane, &a), &b) in lanes[i].iter_mut().zip(q[i].1).zip(row_rest) {
-            *lane += a * b;
+    let mut sums = [0f32; R];
+    for (sum, x) in sums.iter_mut().zip(&lanes) {
+        *sum = ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+    }
+    // Apart from the loops above, whose lanes must stay in registers.
+    if !q_rest.is_empty() {
+        for (sum, row) in sums.iter_mut().zip(rows) {
+            let rest = q_rest.iter().zip(&row[q.len() - q_rest.len()..]);
+            *sum += rest.map(|(&a, &b)| a * b).sum::<f32>();
         }
-        fold(lanes[i])
-    })
+    }
+    sums
 }
 
 /// `out[i] += Σ_row weights[i][row] · tile[row]` over the rows that query `i` sees.
@@ -328,15 +328,16 @@ fn accumulate(
     tile: &[f32],
     out: &mut [f32],
 ) {
+    /// Outputs that stay in registers while the rows go by.
+    const LANES: usize = 32;
     for (i, (out, &seen)) in out.chunks_exact_mut(dim).zip(seen).enumerate() {
         let weights = &weights[i][..seen];
-        let (chunks, rest) = out.as_chunks_mut::<{ 2 * LANES }>();
+        let (chunks, rest) = out.as_chunks_mut::<LANES>();
         for (c, sums) in chunks.iter_mut().enumerate() {
-            // The chunk stays in registers while the rows go by.
             let mut lanes = *sums;
             for (&w, row) in weights.iter().zip(tile.chunks_exact(dim)) {
-                let row: &[f32; 2 * LANES] = &row.as_chunks().0[c];
-                for l in 0..2 * LANES {
+                let row: &[f32; LANES] = &row.as_chunks().0[c];
+                for l in 0..LANES {
                     lanes[l] += w * row[l];
                 }
             }

@@ -48,11 +48,14 @@ pub(super) fn key_norm(layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Resul
     expect_segments(layers, out)?;
     for_each_tile(layers, out, |_, keys, out| {
         let dim = keys.len() / out.len();
-        simd(|| {
-            for (key, out) in keys.chunks_exact(dim).zip(out) {
-                *out = -dot(key, key).sqrt() as f32;
-            }
-        });
+        simd(
+            #[inline(always)]
+            || {
+                for (key, out) in keys.chunks_exact(dim).zip(out) {
+                    *out = -dot(key, key).sqrt() as f32;
+                }
+            },
+        );
     });
     Ok(())
 }
@@ -62,12 +65,15 @@ pub(super) fn key_diff(layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Resul
     let means = unit_key_means(layers);
     for_each_tile(layers, out, |s, keys, out| {
         let (mean, norm) = &means[s];
-        simd(|| {
-            for (key, out) in keys.chunks_exact(mean.len()).zip(out) {
-                let norms = clamp(dot(key, key).sqrt(), COSINE_EPS) * norm;
-                *out = -(dot(key, mean) / norms) as f32;
-            }
-        });
+        simd(
+            #[inline(always)]
+            || {
+                for (key, out) in keys.chunks_exact(mean.len()).zip(out) {
+                    let norms = clamp(dot(key, key).sqrt(), COSINE_EPS) * norm;
+                    *out = -(dot(key, mean) / norms) as f32;
+                }
+            },
+        );
     });
     Ok(())
 }
@@ -89,12 +95,17 @@ fn unit_key_means(layers: &[HostLayer<'_>]) -> Vec<(Vec<f32>, f64)> {
             keys.resize((end - start) * dim, 0f32);
             tile::widen_rows(layer.k(), head, start..end, keys);
             let mut sums = vec![0f64; dim];
-            simd(|| {
-                for key in keys.chunks_exact(dim) {
-                    let factor = 1.0 / clamp(dot(key, key).sqrt(), UNIT_EPS);
-                    sums.iter_mut().zip(key).for_each(|(sum, &x)| *sum += f64::from(x) * factor);
-                }
-            });
+            simd(
+                #[inline(always)]
+                || {
+                    for key in keys.chunks_exact(dim) {
+                        let factor = 1.0 / clamp(dot(key, key).sqrt(), UNIT_EPS);
+                        sums.iter_mut()
+                            .zip(key)
+                            .for_each(|(sum, &x)| *sum += f64::from(x) * factor);
+                    }
+                },
+            );
             sums
         })
         .collect();

@@ -111,16 +111,19 @@ impl Scratch {
         ranges.resize(dim, f32::NEG_INFINITY);
         scaled.resize(dim, 0.0);
         out.clear();
-        simd(|| {
-            for row in next.chunks_exact(dim) {
-                minima.iter_mut().zip(row).for_each(|(m, &x)| *m = -tile::max2(-*m, -x));
-                ranges.iter_mut().zip(row).for_each(|(m, &x)| *m = tile::max2(*m, x));
-            }
-            ranges.iter_mut().zip(minima.iter()).for_each(|(range, &min)| *range -= min);
-            for row in own.chunks_exact(dim) {
-                out.push(deviation(row, minima, ranges, scaled));
-            }
-        });
+        simd(
+            #[inline(always)]
+            || {
+                for row in next.chunks_exact(dim) {
+                    minima.iter_mut().zip(row).for_each(|(m, &x)| *m = -tile::max2(-*m, -x));
+                    ranges.iter_mut().zip(row).for_each(|(m, &x)| *m = tile::max2(*m, x));
+                }
+                ranges.iter_mut().zip(minima.iter()).for_each(|(range, &min)| *range -= min);
+                for row in own.chunks_exact(dim) {
+                    out.push(deviation(row, minima, ranges, scaled));
+                }
+            },
+        );
         let max = out.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         out.iter_mut().for_each(|x| *x = (*x - max).exp());
         let sum: f64 = out.iter().sum();

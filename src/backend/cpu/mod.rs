@@ -95,9 +95,6 @@ impl Backend for Cpu {
     fn upload(&self, rows: Ragged<f32>) -> Result<Ragged<f32>> {
         Ok(rows)
     }
-    fn concat(&self, parts: Vec<Ragged<f32>>) -> Result<Ragged<f32>> {
-        Ok(parts.iter().flat_map(|p| p.iter()).map(<[f32]>::to_vec).collect())
-    }
     fn slice(&self, rows: &Ragged<f32>, range: Range<usize>) -> Result<Ragged<f32>> {
         rows::expect_rows("rows of a slice", rows.rows().max(range.end), rows.rows())?;
         Ok(range.map(|i| rows.row(i).to_vec()).collect())

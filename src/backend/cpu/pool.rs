@@ -18,6 +18,9 @@ pub(super) fn run(op: &Pool<'_>, rows: &mut Ragged<f32>) -> Result<()> {
         });
     }
     super::rows::expect_rows("pooled lengths", rows.rows(), op.lens.len())?;
+    for (s, &len) in op.lens.iter().enumerate() {
+        super::rows::expect_within("pooled slots of a segment", rows.len(s), len as usize)?;
+    }
     let radius = (op.kernel / 2) as usize;
     rows.rows_mut().into_par_iter().zip(op.lens).for_each(|(row, &len)| {
         let row = &mut row[..len as usize];

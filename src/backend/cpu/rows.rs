@@ -15,6 +15,11 @@ pub(super) fn expect_rows(what: &'static str, expected: usize, got: usize) -> Re
     Err(Error::Shape { what, expected: expected as u64, got: got as u64 })
 }
 
+/// Checks that an operation stays within a row.
+pub(super) fn expect_within(what: &'static str, len: usize, end: usize) -> Result<()> {
+    expect_rows(what, len.max(end), len)
+}
+
 /// Checks that `rows` has one row per segment of the views, each as long as the segment.
 pub(super) fn expect_segments(layers: &[HostLayer<'_>], rows: &Ragged<f32>) -> Result<()> {
     let lens = layers.iter().flat_map(|l| (0..l.shape().kv_heads()).map(|h| l.k().len(h)));
@@ -78,6 +83,9 @@ fn reciprocal(x: f64) -> f64 {
 pub(super) fn floor_at_mean(lens: &[u32], rows: &mut Ragged<f32>) -> Result<()> {
     expect_rows("floored lengths", rows.rows(), lens.len())?;
     for (s, &len) in lens.iter().enumerate() {
+        expect_within("floored slots of a segment", rows.len(s), len as usize)?;
+    }
+    for (s, &len) in lens.iter().enumerate() {
         let row = &mut rows.row_mut(s)[..len as usize];
         if row.is_empty() {
             continue;
@@ -125,24 +133,33 @@ pub(super) fn share_heads(heads: &[usize], rows: &mut Ragged<f32>) -> Result<()>
 
 pub(super) fn coarsen(units: &Ragged<Range<u32>>, rows: &Ragged<f32>) -> Result<Ragged<f32>> {
     expect_rows("units", rows.rows(), units.rows())?;
+    for (units, row) in units.iter().zip(rows.iter()) {
+        for unit in units {
+            expect_within("slots of a unit", row.len(), unit.end.max(unit.start) as usize)?;
+            expect_within("start of a unit", unit.end as usize, unit.start as usize)?;
+        }
+    }
+    // In f64, so that the mean of recencies, which differ by single ulps, still orders as they do.
+    let mean = |row: &[f32], unit: &Range<u32>| {
+        let slots = &row[unit.start as usize..unit.end as usize];
+        (slots.iter().map(|&x| f64::from(x)).sum::<f64>() / slots.len() as f64) as f32
+    };
     Ok(units
         .iter()
         .zip(rows.iter())
-        .map(|(units, row)| {
-            let mean = |u: &Range<u32>| {
-                let slots = &row[u.start as usize..u.end as usize];
-                slots.iter().sum::<f32>() / slots.len() as f32
-            };
-            units.iter().map(mean).collect::<Vec<_>>()
-        })
+        .map(|(units, row)| units.iter().map(|unit| mean(row, unit)).collect())
         .collect())
 }
 
 pub(super) fn pick(slots: &Ragged<u32>, rows: &Ragged<f32>) -> Result<Ragged<f32>> {
     expect_rows("picked segments", rows.rows(), slots.rows())?;
+    for (slots, row) in slots.iter().zip(rows.iter()) {
+        let end = slots.iter().max().map_or(0, |&slot| slot as usize + 1);
+        expect_within("picked slots of a segment", row.len(), end)?;
+    }
     Ok(slots
         .iter()
         .zip(rows.iter())
-        .map(|(slots, row)| slots.iter().map(|&i| row[i as usize]).collect::<Vec<_>>())
+        .map(|(slots, row)| slots.iter().map(|&i| row[i as usize]).collect())
         .collect())
 }

@@ -103,7 +103,7 @@ pub(super) fn matmul_nt(k: usize, a: &[f32], b: &[f32], c: &mut [f32]) {
 }
 
 /// Runs `work` compiled for AVX2 where the machine has it. No fused multiply-add, so that the bits are those
-/// of the portable code. What `work` calls must be `#[inline(always)]`.
+/// of the portable code. `work` and what it calls must be `#[inline(always)]`, or they stay portable code.
 #[inline(always)]
 pub(super) fn simd<R>(work: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]

@@ -65,11 +65,16 @@ impl Scratch {
                 tile::widen_columns(weights, 0, rows.clone(), columns, &mut self.weights);
                 self.products.resize(out.len() * rows.len(), 0.0);
                 tile::matmul_nt(dim, &self.values, &self.weights, &mut self.products);
-                simd(|| {
-                    for (sum, row) in sums.iter_mut().zip(self.products.chunks_exact(rows.len())) {
-                        *sum += f64::from(sum_of_magnitudes(row));
-                    }
-                });
+                simd(
+                    #[inline(always)]
+                    || {
+                        for (sum, row) in
+                            sums.iter_mut().zip(self.products.chunks_exact(rows.len()))
+                        {
+                            *sum += f64::from(sum_of_magnitudes(row));
+                        }
+                    },
+                );
             }
         }
         out.iter_mut().zip(sums).for_each(|(out, sum)| *out = (sum / group as f64) as f32);

@@ -87,6 +87,8 @@ struct Head<'a> {
     layer: &'a HostLayer<'a>,
     q: &'a Rows<'a, HostSlice<'a>>,
     head: usize,
+    /// Query rows used.
+    window: u32,
     /// Slots before the window.
     past: usize,
     /// Slots that get a score: the past, or all.
@@ -100,36 +102,32 @@ impl<'a> Head<'a> {
     fn new(op: &'a WindowAttention, layer: &'a HostLayer<'a>, head: usize) -> Result<Self> {
         let q = layer.q(METHOD)?;
         let group = layer.shape().group();
+        // A sequence shorter than the window is all window.
+        let window = op.window.min(layer.tokens());
         for hq in head * group..(head + 1) * group {
             let rows = layer.lse().map_or(q.len(hq), |lse| q.len(hq).min(lse.len(hq)));
-            if rows < op.window as usize {
+            if rows < window as usize {
                 return Err(Error::TooFewQueries {
                     method: METHOD,
-                    needed: u64::from(op.window),
+                    needed: u64::from(window),
                     got: rows as u64,
                 });
             }
         }
-        let Some(first) = layer.tokens().checked_sub(op.window) else {
-            return Err(Error::TooLarge {
-                what: "observation window",
-                got: u64::from(op.window),
-                limit: u64::from(layer.tokens()),
-            });
-        };
+        let first = layer.tokens() - window;
         let past = layer.slots_before(head, first);
         let scored = if op.score_window { layer.k().len(head) } else { past };
         let block = (BLOCK / group).max(1);
-        Ok(Self { op, layer, q, head, past, scored, group, block })
+        Ok(Self { op, layer, q, head, window, past, scored, group, block })
     }
 
     fn window(&self) -> usize {
-        self.op.window as usize
+        self.window as usize
     }
 
     /// Slots visible to query row `w` of the window: the first ones.
     fn visible(&self, w: usize) -> usize {
-        self.layer.slots_before(self.head, self.layer.tokens() - self.op.window + w as u32 + 1)
+        self.layer.slots_before(self.head, self.layer.tokens() - self.window + w as u32 + 1)
     }
 
     /// Blocks of window tokens.
@@ -214,21 +212,30 @@ impl Tile<'_> {
             for (r, (row, stat)) in rows.zip(stats).enumerate() {
                 let (g, w) = (r / block.len(), block.start + r % block.len());
                 let seen = head.visible(w).clamp(slots.start, slots.end) - slots.start;
-                simd(|| {
-                    row[..seen].iter_mut().for_each(|x| *x = exp(*x - stat.max));
-                    row[seen..].fill(0.0);
-                    let own = &row[self.start - slots.start..][..width];
-                    if let Some(means) = &mut means {
-                        means.add(g, own, stat.inverse());
-                    }
-                    match head.op.row_pool {
-                        None => scores.add(g, own, stat.inverse()),
-                        Some(kernel) => {
-                            window_sums(row, self.start - slots.start, radius, width, &mut x.row);
-                            scores.add(g, &x.row, stat.pooled_inverse(kernel));
+                simd(
+                    #[inline(always)]
+                    || {
+                        row[..seen].iter_mut().for_each(|x| *x = exp(*x - stat.max));
+                        row[seen..].fill(0.0);
+                        let own = &row[self.start - slots.start..][..width];
+                        if let Some(means) = &mut means {
+                            means.add(g, own, stat.inverse());
                         }
-                    }
-                });
+                        match head.op.row_pool {
+                            None => scores.add(g, own, stat.inverse()),
+                            Some(kernel) => {
+                                window_sums(
+                                    row,
+                                    self.start - slots.start,
+                                    radius,
+                                    width,
+                                    &mut x.row,
+                                );
+                                scores.add(g, &x.row, stat.pooled_inverse(kernel));
+                            }
+                        }
+                    },
+                );
             }
             scores.end_block();
             means.iter_mut().for_each(Reduction::end_block);

@@ -64,6 +64,9 @@ impl Stat {
 
     /// Factor from a sum of `kernel` exponentials to the pooled row at its former mass.
     pub(super) fn pooled_inverse(&self, kernel: u32) -> f32 {
+        if self.sum.is_nan() {
+            return f32::NAN;
+        }
         if self.pooled == 0.0 || self.sum == 0.0 {
             return 0.0;
         }
@@ -152,13 +155,16 @@ impl Head<'_> {
             let windows = (slot + r).min(n - 1) - slot.saturating_sub(r) + 1;
             windows as f64 / kernel as f64
         };
-        let (sum, base, inner) = simd(|| {
-            let max = max2(stat.max, max(row));
-            stat.rescale(max);
-            row.iter_mut().for_each(|x| *x = exp(*x - max));
-            let base = tile::sum(&row[..scored]);
-            (base + tile::sum(&row[scored..]), base, tile::sum(&row[from..to]))
-        });
+        let (sum, base, inner) = simd(
+            #[inline(always)]
+            || {
+                let max = max2(stat.max, max(row));
+                stat.rescale(max);
+                row.iter_mut().for_each(|x| *x = exp(*x - max));
+                let base = tile::sum(&row[..scored]);
+                (base + tile::sum(&row[scored..]), base, tile::sum(&row[from..to]))
+            },
+        );
         let edge = (0..from).chain(to..scored).map(|i| f64::from(row[i]) * weight(i)).sum::<f64>();
         stat.sum += f64::from(sum);
         stat.base += f64::from(base);

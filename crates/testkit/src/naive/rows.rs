@@ -1,0 +1,60 @@
+//! Elementwise and per-row operations.
+
+use std::ops::Range;
+
+use kvbudget::backend::ops::NormScale;
+
+use super::{Float, Matrix, num, ratio, sum};
+
+/// Norms of one layer's heads, divided as asked.
+pub fn scale_norms<F: Float>(
+    op: NormScale,
+    norms: &Matrix<F>,
+    positions: &[Vec<u32>],
+) -> Matrix<F> {
+    let slots = || (0..norms.len()).flat_map(|h| (0..norms[h].len()).map(move |t| (h, t)));
+    let divisor = |position: u32| match op {
+        NormScale::None => F::one(),
+        NormScale::Layer => sum(slots().map(|(h, t)| norms[h][t])),
+        NormScale::Heads => {
+            sum(slots().filter(|&(h, t)| positions[h][t] == position).map(|(h, t)| norms[h][t]))
+        }
+    };
+    let scaled = |h: usize| {
+        (0..norms[h].len()).map(|t| ratio(norms[h][t], divisor(positions[h][t]))).collect()
+    };
+    (0..norms.len()).map(scaled).collect()
+}
+
+/// Raises the first `len` entries to their mean.
+pub fn floor_at_mean<F: Float>(len: usize, row: &mut [F]) {
+    let mean = sum(row[..len].iter().copied()) / num(len);
+    for x in &mut row[..len] {
+        if *x < mean {
+            *x = mean;
+        }
+    }
+}
+
+/// `(x + epsilon) · norm`.
+pub fn weigh<F: Float>(epsilon: f32, norms: &[F], row: &mut [F]) {
+    for t in 0..row.len() {
+        row[t] = (row[t] + num(epsilon)) * norms[t];
+    }
+}
+
+/// One row: the sum of all.
+pub fn share_heads<F: Float>(rows: &[Vec<F>]) -> Vec<F> {
+    (0..rows[0].len()).map(|t| sum(rows.iter().map(|row| row[t]))).collect()
+}
+
+/// Mean of each unit.
+pub fn coarsen<F: Float>(units: &[Range<u32>], row: &[F]) -> Vec<F> {
+    let mean = |u: &Range<u32>| sum(u.clone().map(|t| row[t as usize])) / num(u.len());
+    units.iter().map(mean).collect()
+}
+
+/// The entries at `slots`.
+pub fn pick<F: Float>(slots: &[u32], row: &[F]) -> Vec<F> {
+    slots.iter().map(|&t| row[t as usize]).collect()
+}
