@@ -186,7 +186,8 @@ impl<'a, B: Backend> Planner<'a, B> {
             self.store(scored.scores, scored.weighted);
             return self.finish_reference(reference);
         }
-        let mut scores = self.policy.scorer.score(self.backend, &context, layers)?;
+        let scored = self.policy.scorer.score(self.backend, &context, layers)?;
+        let (mut scores, first) = (scored.scores, scored.first);
         self.count_nan(layer, &scores)?;
         let mut weighted = None;
         if let Some(stage) = &config.two_stage {
@@ -194,10 +195,14 @@ impl<'a, B: Backend> Planner<'a, B> {
             self.backend.value_norm(layers, &mut norms)?;
             self.backend.weigh(stage.epsilon, &scores, &mut norms)?;
             self.count_nan(layer, &norms)?;
+            self.align(l, &mut norms)?;
             weighted = Some(norms);
         }
-        for rows in [Some(&mut scores), weighted.as_mut()].into_iter().flatten() {
-            self.align(l, rows)?;
+        self.align(l, &mut scores)?;
+        if let Some(mut first) = first {
+            self.align(l, &mut first.by)?;
+            let counts = self.first_counts(l, &first.counts);
+            self.backend.pin_top(&counts, &first.by, &mut scores)?;
         }
         self.store(scores, weighted);
         self.settle(l)
@@ -307,6 +312,18 @@ impl<'a, B: Backend> Planner<'a, B> {
             *rows = self.backend.coarsen(&units.collect(), rows)?;
         }
         Ok(())
+    }
+
+    /// First sets in units, and equal for heads that must keep the same.
+    fn first_counts(&self, l: usize, slots: &[u32]) -> Vec<u32> {
+        let align = self.policy.config.align;
+        let heads = self.geometry.layers()[l].kv_heads();
+        let fewest = |layer: &[u32]| layer.iter().copied().min().unwrap_or(0);
+        let shared = |layer: &[u32]| match align.share_heads {
+            true => vec![fewest(layer); layer.len()],
+            false => layer.to_vec(),
+        };
+        slots.chunks(heads).flat_map(shared).map(|n| n / align.unit).collect()
     }
 
     fn store(&mut self, scores: B::Floats, weighted: Option<B::Floats>) {

@@ -92,6 +92,12 @@ impl PolicyConfig {
         if self.align.unit == 0 {
             return Err(Error::Zero { what: "unit" });
         }
+        if self.reference.is_some() && self.align != Align::default() {
+            return Err(Error::Unsupported {
+                what: "units or shared heads in reference mode",
+                why: "the published codes select single tokens, head by head",
+            });
+        }
         Ok(Policy { config: self.clone(), scorer: self.scorer.build() })
     }
 

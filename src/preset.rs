@@ -69,7 +69,11 @@ pub fn preset(name: &str) -> Result<PolicyConfig> {
         "tova" => PolicyConfig { protect: recent(1), ..plain(ScorerConfig::Tova(Tova {})) },
         "knorm" => plain(ScorerConfig::KNorm(KNorm {})),
         "keydiff" => plain(ScorerConfig::KeyDiff(KeyDiff {})),
-        "lagkv" => plain(ScorerConfig::LagKv(LagKv::default())),
+        "lagkv" => PolicyConfig {
+            // The published scores tie for sinks and the whole last partition; here the newest of it come first.
+            protect: Protect { sinks: 4, ..recent(window) },
+            ..plain(ScorerConfig::LagKv(LagKv::default()))
+        },
         "h2o" => PolicyConfig {
             protect: Protect { recent_share: Fraction::new(1, 2)?, ..recent(1) },
             ..plain(ScorerConfig::H2o(H2o {}))

@@ -7,7 +7,7 @@ use kvbudget::allocate::{AdaForm, Claim, Heads, Layers, apportion};
 use kvbudget::backend::Backend;
 use kvbudget::backend::cpu::{Cpu, HostLayer, HostSlice};
 use kvbudget::plan::{CheckError, Promise};
-use kvbudget::score::{ScoreContext, Scorer, ScorerConfig, Streaming};
+use kvbudget::score::{ScoreContext, Scored, Scorer, ScorerConfig, Streaming};
 use kvbudget::select::{Align, Protect};
 use kvbudget::{
     Budget, Dtype, Error, Fraction, Geometry, LayerId, LayerShape, LayerView, Plan, Planner,
@@ -27,9 +27,9 @@ impl Scorer<Cpu> for Fixed {
         cpu: &Cpu,
         context: &ScoreContext<'_>,
         layers: &[HostLayer<'_>],
-    ) -> Result<Ragged<f32>> {
+    ) -> Result<Scored<Ragged<f32>>> {
         let rows = &self.0[context.layer.index()];
-        cpu.upload(layers.iter().flat_map(|_| rows.clone()).collect())
+        cpu.upload(layers.iter().flat_map(|_| rows.clone()).collect()).map(Scored::from)
     }
 }
 

@@ -151,7 +151,8 @@ fn compare_scores(case: &Value, input: &Input, policy: &Policy<Cpu>, stored: &In
     for (l, layer) in layers.iter().enumerate() {
         let context = ScoreContext { layer: LayerId(l as u32), slots_per_head: &[0], recent: &[0] };
         let scorer = policy.config().scorer.build::<Cpu>();
-        let scores = scorer.score(&Cpu::new(), &context, std::slice::from_ref(layer)).unwrap();
+        let scores =
+            scorer.score(&Cpu::new(), &context, std::slice::from_ref(layer)).unwrap().scores;
         let (shape, expected) = &stored.0[&format!("{name}.l{l}")];
         let window = match case["policy"].as_str().unwrap() {
             "tova" => 1,

@@ -158,13 +158,9 @@ impl Plan {
             }
             for h in 0..heads.rows() {
                 let head = KvHead(h as u32);
-                let everything: Vec<Position>;
                 let held = match promise.held {
-                    Some(held) => held[l].row(h),
-                    None => {
-                        everything = (0..self.tokens).map(Position).collect();
-                        &everything
-                    }
+                    Some(held) => Held::Only(held[l].row(h)),
+                    None => Held::AllBelow(self.tokens),
                 };
                 let kept = heads.row(h);
                 self.check_head(layer, head, kept, held)?;
@@ -172,13 +168,14 @@ impl Plan {
                     check_protected(layer, head, kept, held, &promise.protected)?;
                 }
                 kept_units += check_units(layer, head, kept, held, unit)?;
-                if kept.is_empty() && !held.is_empty() {
+                let slots = held.count(0..u32::MAX);
+                if kept.is_empty() && slots > 0 {
                     empty_head.get_or_insert((layer, head));
                 }
-                holding_heads += u64::from(!held.is_empty());
+                holding_heads += u64::from(slots > 0);
                 kept_slots += kept.len() as u64;
                 kept_bytes += kept.len() as u64 * geometry.slot_bytes(layer);
-                available += held.len() as u64;
+                available += slots;
             }
         }
         let sums = [("slots", self.slots, kept_slots), ("bytes", self.bytes, kept_bytes)];
@@ -206,34 +203,64 @@ impl Plan {
         layer: LayerId,
         head: KvHead,
         kept: &[Position],
-        held: &[Position],
+        held: Held<'_>,
     ) -> Result<(), CheckError> {
         for pair in kept.windows(2) {
             if pair[1] <= pair[0] {
                 return Err(CheckError::Order { layer, head, previous: pair[0], got: pair[1] });
             }
         }
-        // Both ascend: one walk over what was held finds every kept position or none.
-        let mut rest = held.iter();
-        for &got in kept {
-            if !rest.any(|&p| p == got) {
-                return Err(CheckError::NotHeld { layer, head, got, tokens: self.tokens });
-            }
+        match kept.iter().find(|&&p| !held.contains(p)) {
+            Some(&got) => Err(CheckError::NotHeld { layer, head, got, tokens: self.tokens }),
+            None => Ok(()),
         }
-        Ok(())
     }
+}
+
+/// What a head held before; never a list as long as a claim in a plan.
+#[derive(Clone, Copy)]
+enum Held<'a> {
+    AllBelow(u32),
+    Only(&'a [Position]),
+}
+
+impl Held<'_> {
+    fn contains(self, position: Position) -> bool {
+        match self {
+            Held::AllBelow(tokens) => position.0 < tokens,
+            Held::Only(list) => list.binary_search(&position).is_ok(),
+        }
+    }
+
+    /// Slots whose positions lie in the range.
+    fn count(self, range: Range<u32>) -> u64 {
+        match self {
+            Held::AllBelow(tokens) => u64::from(range.end.min(tokens).saturating_sub(range.start)),
+            Held::Only(list) => within(list, &range).len() as u64,
+        }
+    }
+}
+
+/// The positions of an ascending list that lie in the range.
+fn within<'a>(list: &'a [Position], range: &Range<u32>) -> &'a [Position] {
+    let below = |end: u32| list.partition_point(|p| p.0 < end);
+    &list[below(range.start)..below(range.end.max(range.start))]
 }
 
 fn check_protected(
     layer: LayerId,
     head: KvHead,
     kept: &[Position],
-    held: &[Position],
+    held: Held<'_>,
     protected: &[Range<u32>],
 ) -> Result<(), CheckError> {
-    for &position in held {
-        let wanted = protected.iter().any(|r| r.contains(&position.0));
-        if wanted && kept.binary_search(&position).is_err() {
+    for range in protected {
+        if within(kept, range).len() as u64 == held.count(range.clone()) {
+            continue;
+        }
+        // One is missing, so the search ends within what is kept and one more.
+        let missing = |p: &u32| held.contains(Position(*p)) && !kept.contains(&Position(*p));
+        if let Some(position) = range.clone().find(missing).map(Position) {
             return Err(CheckError::Unprotected { layer, head, position });
         }
     }
@@ -245,20 +272,19 @@ fn check_units(
     layer: LayerId,
     head: KvHead,
     kept: &[Position],
-    held: &[Position],
+    held: Held<'_>,
     size: u32,
 ) -> Result<u64, CheckError> {
-    let below = |list: &[Position], unit: u32| list.partition_point(|p| p.0 / size < unit);
-    let count = |list: &[Position], unit| below(list, unit + 1) - below(list, unit);
     let mut units = 0;
-    let mut at = 0;
-    while at < kept.len() {
-        let unit = kept[at].0 / size;
-        let (kept, held) = (count(kept, unit), count(held, unit));
+    let mut rest = kept;
+    while let Some(first) = rest.first() {
+        let unit = first.0 / size;
+        let range = unit * size..(unit * size).saturating_add(size);
+        let (kept, held) = (within(rest, &range).len(), held.count(range) as usize);
         if kept != held {
             return Err(CheckError::SplitUnit { layer, head, unit, kept, held });
         }
-        at += kept;
+        rest = &rest[kept..];
         units += 1;
     }
     Ok(units)

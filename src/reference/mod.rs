@@ -123,7 +123,7 @@ pub(crate) fn score<B: Backend>(
             got: u64::from(short.tokens()),
         });
     }
-    let scores = config.scorer.build().score(backend, context, layers)?;
+    let scores = config.scorer.build().score(backend, context, layers)?.scores;
     let mut weighted = None;
     if config.two_stage.is_some() {
         let mut norms = backend.zeros(&segment_lens(layers))?;

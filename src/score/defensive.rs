@@ -14,7 +14,7 @@
 //!   layer. Within a layer the latter changes nothing.
 //! * Cost: SnapKV's two passes and one output projection over the cache, `2·Hq·T·D·hidden` flops.
 
-use super::{ScoreContext, Scorer, past_lens, segment_lens};
+use super::{FirstSet, ScoreContext, Scored, Scorer, past_lens, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::{NormScale, Reduce, WindowAttention};
 use crate::error::{Error, Result};
@@ -57,7 +57,7 @@ impl<B: Backend> Scorer<B> for Defensive {
         backend: &B,
         context: &ScoreContext<'_>,
         layers: &[LayerView<'_, B::Storage<'_>>],
-    ) -> Result<B::Floats> {
+    ) -> Result<Scored<B::Floats>> {
         if !(0.0..=1.0).contains(&self.threshold) {
             return Err(Error::Parameter {
                 name: "threshold",
@@ -90,7 +90,6 @@ impl<B: Backend> Scorer<B> for Defensive {
         let caps: Vec<u32> =
             past.iter().zip(room).map(|(&n, room)| u64::from(n).min(room) as u32).collect();
         let counts = backend.mass_count(self.threshold, &caps, &mean)?;
-        backend.pin_top(&counts, &mean, &mut norms)?;
-        Ok(norms)
+        Ok(Scored { scores: norms, first: Some(FirstSet { by: mean, counts }) })
     }
 }

@@ -7,7 +7,7 @@
 //! * Needs the queries of all tokens: an observation window is not enough, and is refused.
 //! * Cost: `4·Hq·T²·D` flops, as much as prefill attention.
 
-use super::{ScoreContext, Scorer, segment_lens};
+use super::{ScoreContext, Scored, Scorer, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::{Reduce, WindowAttention};
 use crate::error::Result;
@@ -30,7 +30,7 @@ impl<B: Backend> Scorer<B> for H2o {
         backend: &B,
         _: &ScoreContext<'_>,
         layers: &[LayerView<'_, B::Storage<'_>>],
-    ) -> Result<B::Floats> {
+    ) -> Result<Scored<B::Floats>> {
         let attention = WindowAttention {
             // All queries, however many tokens a sequence has.
             window: u32::MAX,
@@ -41,6 +41,6 @@ impl<B: Backend> Scorer<B> for H2o {
         };
         let mut scores = backend.zeros(&segment_lens(layers))?;
         backend.window_attention(&attention, layers, &mut scores, None)?;
-        Ok(scores)
+        Ok(scores.into())
     }
 }

@@ -5,7 +5,7 @@
 //!   one applied to blocks.
 //! * Cost: one pass over K (KeyDiff two).
 
-use super::{ScoreContext, Scorer, segment_lens};
+use super::{ScoreContext, Scored, Scorer, segment_lens};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::parameters::parameters;
@@ -27,10 +27,10 @@ impl<B: Backend> Scorer<B> for KNorm {
         backend: &B,
         _: &ScoreContext<'_>,
         layers: &[LayerView<'_, B::Storage<'_>>],
-    ) -> Result<B::Floats> {
+    ) -> Result<Scored<B::Floats>> {
         let mut scores = backend.zeros(&segment_lens(layers))?;
         backend.key_norm(layers, &mut scores)?;
-        Ok(scores)
+        Ok(scores.into())
     }
 }
 
@@ -50,9 +50,9 @@ impl<B: Backend> Scorer<B> for KeyDiff {
         backend: &B,
         _: &ScoreContext<'_>,
         layers: &[LayerView<'_, B::Storage<'_>>],
-    ) -> Result<B::Floats> {
+    ) -> Result<Scored<B::Floats>> {
         let mut scores = backend.zeros(&segment_lens(layers))?;
         backend.key_diff(layers, &mut scores)?;
-        Ok(scores)
+        Ok(scores.into())
     }
 }

@@ -9,7 +9,7 @@
 //!   gives 0 here, where the published code divides by zero.
 //! * Cost: one pass over K and V, no queries.
 
-use super::{ScoreContext, Scorer, segment_lens};
+use super::{ScoreContext, Scored, Scorer, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::Lag;
 use crate::error::Result;
@@ -49,10 +49,10 @@ impl<B: Backend> Scorer<B> for LagKv {
         backend: &B,
         _: &ScoreContext<'_>,
         layers: &[LayerView<'_, B::Storage<'_>>],
-    ) -> Result<B::Floats> {
+    ) -> Result<Scored<B::Floats>> {
         let op = Lag { sinks: self.lag_sinks, lag: self.lag, cross_scoring: self.cross_scoring };
         let mut scores = backend.zeros(&segment_lens(layers))?;
         backend.lag(&op, layers, &mut scores)?;
-        Ok(scores)
+        Ok(scores.into())
     }
 }

@@ -1,5 +1,5 @@
 //! Scorers: which slots matter. One file per method, each written once for all devices out of backend
-//! operations; a larger score is kept longer, NaN ranks lowest, `+∞` means "before any finite score".
+//! operations; a larger score is kept longer, NaN ranks lowest.
 
 mod defensive;
 mod h2o;
@@ -37,6 +37,31 @@ pub struct ScoreContext<'a> {
     pub recent: &'a [u32],
 }
 
+/// What a scorer found for one layer.
+#[derive(Debug, Clone)]
+pub struct Scored<F> {
+    /// Scores `[H, len]` of each view.
+    pub scores: F,
+    /// Slots that come before all others but protected ones, whatever their scores.
+    pub first: Option<FirstSet<F>>,
+}
+
+/// The best slots of every segment by another measure than the score.
+#[derive(Debug, Clone)]
+pub struct FirstSet<F> {
+    /// The measure, `[H, len]`.
+    pub by: F,
+    /// How many of its best, by segment. With units larger than a slot, as many whole units as they fill.
+    pub counts: Vec<u32>,
+}
+
+impl<F> From<F> for Scored<F> {
+    /// Scores alone.
+    fn from(scores: F) -> Self {
+        Self { scores, first: None }
+    }
+}
+
 /// One method: scores `[H, len]` for each view of one layer.
 pub trait Scorer<B: Backend>: Send + Sync {
     /// Scores one layer of many sequences.
@@ -45,7 +70,7 @@ pub trait Scorer<B: Backend>: Send + Sync {
         backend: &B,
         context: &ScoreContext<'_>,
         layers: &[LayerView<'_, B::Storage<'_>>],
-    ) -> Result<B::Floats>;
+    ) -> Result<Scored<B::Floats>>;
 }
 
 /// Lengths of all segments of the views.

@@ -10,7 +10,7 @@
 //!   same scores for each KV head. Published as per-step eviction; here as often as the planner runs.
 //! * Cost: two passes over K (one with the prefill's log-sum-exp), `2·Hq·W·T·D` flops each.
 
-use super::{ScoreContext, Scorer, past_lens, segment_lens};
+use super::{ScoreContext, Scored, Scorer, past_lens, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::{Pool, Pooling, Reduce, WindowAttention};
 use crate::error::Result;
@@ -53,7 +53,7 @@ impl<B: Backend> Scorer<B> for SnapKv {
         backend: &B,
         _: &ScoreContext<'_>,
         layers: &[LayerView<'_, B::Storage<'_>>],
-    ) -> Result<B::Floats> {
+    ) -> Result<Scored<B::Floats>> {
         let attention = WindowAttention {
             window: self.window,
             over_window: Reduce::Mean,
@@ -66,7 +66,7 @@ impl<B: Backend> Scorer<B> for SnapKv {
         let lens = past_lens(layers, self.window);
         let pool = Pool { kind: self.pooling, kernel: self.kernel, lens: &lens };
         backend.pool(&pool, &mut scores)?;
-        Ok(scores)
+        Ok(scores.into())
     }
 }
 
@@ -86,7 +86,7 @@ impl<B: Backend> Scorer<B> for Tova {
         backend: &B,
         _: &ScoreContext<'_>,
         layers: &[LayerView<'_, B::Storage<'_>>],
-    ) -> Result<B::Floats> {
+    ) -> Result<Scored<B::Floats>> {
         let attention = WindowAttention {
             window: 1,
             over_window: Reduce::Mean,
@@ -99,6 +99,6 @@ impl<B: Backend> Scorer<B> for Tova {
         // Heads have equal groups, so the sum of their means orders as the mean over all query heads does.
         let heads: Vec<usize> = layers.iter().map(|l| l.shape().kv_heads()).collect();
         backend.share_heads(&heads, &mut scores)?;
-        Ok(scores)
+        Ok(scores.into())
     }
 }

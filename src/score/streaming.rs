@@ -4,7 +4,7 @@
 //!   Keys are not rotated anew: positions stay logical.
 //! * Random: what a method must beat. The noise depends on seed, layer, head and position alone.
 
-use super::{ScoreContext, Scorer, segment_lens};
+use super::{ScoreContext, Scored, Scorer, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::Positional;
 use crate::error::Result;
@@ -27,10 +27,10 @@ impl<B: Backend> Scorer<B> for Streaming {
         backend: &B,
         _: &ScoreContext<'_>,
         layers: &[LayerView<'_, B::Storage<'_>>],
-    ) -> Result<B::Floats> {
+    ) -> Result<Scored<B::Floats>> {
         let mut scores = backend.zeros(&segment_lens(layers))?;
         backend.positional(Positional::Recency, layers, &mut scores)?;
-        Ok(scores)
+        Ok(scores.into())
     }
 }
 
@@ -53,10 +53,10 @@ impl<B: Backend> Scorer<B> for Random {
         backend: &B,
         context: &ScoreContext<'_>,
         layers: &[LayerView<'_, B::Storage<'_>>],
-    ) -> Result<B::Floats> {
+    ) -> Result<Scored<B::Floats>> {
         let mut scores = backend.zeros(&segment_lens(layers))?;
         let op = Positional::Random { seed: self.seed, layer: context.layer.0 };
         backend.positional(op, layers, &mut scores)?;
-        Ok(scores)
+        Ok(scores.into())
     }
 }

@@ -1,0 +1,9 @@
+//! The built binary from outside: every subcommand, every class of bad input, and the numbers of `eval` against
+//! a computation of their own.
+
+mod bad_dumps;
+mod bad_plans;
+mod commands;
+mod mutations;
+mod numbers;
+mod support;
