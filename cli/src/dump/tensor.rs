@@ -52,6 +52,15 @@ impl Tensor {
         }
     }
 
+    /// The elements as f32.
+    pub fn to_f32(&self) -> Vec<f32> {
+        match &self.data {
+            Data::F32(data) => data.clone(),
+            Data::F16(data) => data.iter().map(|x| x.to_f32()).collect(),
+            Data::BF16(data) => data.iter().map(|x| x.to_f32()).collect(),
+        }
+    }
+
     /// Number of elements that are NaN or infinite.
     pub fn non_finite(&self) -> usize {
         fn count<T: Element>(data: &[T]) -> usize {

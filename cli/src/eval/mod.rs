@@ -76,6 +76,9 @@ pub struct Row {
     pub retained_mass: f64,
     /// What that did to the attention output.
     pub output_error: OutputError,
+    /// The same after the output projection, all heads of a layer together: what reaches the residual
+    /// stream. Mean over layers and queries, if the dump holds the projections.
+    pub layer_error: Option<f64>,
     /// Scoring and selection, without reading the dump.
     pub plan_seconds: f64,
     /// What the planner reported.
@@ -145,6 +148,8 @@ pub fn run<R: Read + Seek>(
                 mean: measure::mean(&samples.error),
                 p95: measure::percentile(&samples.error, 95),
             },
+            layer_error: (!samples.layer_error.is_empty())
+                .then(|| measure::mean(&samples.layer_error)),
             plan_seconds: planned.time.as_secs_f64(),
             report: planned.plan.report.clone(),
         });

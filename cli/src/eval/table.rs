@@ -21,14 +21,15 @@ pub fn print(results: &Results, out: &mut dyn Write) -> io::Result<()> {
     )?;
     writeln!(
         out,
-        "output error: relative L2 of the attention output of the next {} tokens' queries; * = best",
+        "output error: relative L2 of the attention output of the next {} tokens' queries, head by head;\n\
+         layer error: the same behind the output projection, all heads together; * = best",
         dump.next_tokens
     )?;
     let policy = results.rows.iter().map(|r| r.policy.len()).max().unwrap_or(0).max(6);
     for block in results.rows.chunk_by(|a, b| a.budget == b.budget) {
         writeln!(
             out,
-            "\nbudget {}\n{:policy$}  {:>9}  {:>10}  {:>9}   {:>10}   {:>8}   {:>9}",
+            "\nbudget {}\n{:policy$}  {:>9}  {:>10}  {:>9}   {:>10}   {:>8}   {:>11}   {:>10}",
             block[0].budget,
             "policy",
             "slots",
@@ -36,6 +37,7 @@ pub fn print(results: &Results, out: &mut dyn Write) -> io::Result<()> {
             "mass kept",
             "mean error",
             "p95",
+            "layer error",
             "planned in"
         )?;
         let mut rows: Vec<&Row> = block.iter().collect();
@@ -43,13 +45,14 @@ pub fn print(results: &Results, out: &mut dyn Write) -> io::Result<()> {
         let best = |value: fn(&Row) -> f64| {
             block.iter().map(value).min_by(f64::total_cmp).unwrap_or(f64::NAN)
         };
+        let layer_error = |r: &Row| r.layer_error.unwrap_or(f64::INFINITY);
         let mark = |row: &Row, value: fn(&Row) -> f64| {
             if value(row) == best(value) { '*' } else { ' ' }
         };
         for row in rows {
             writeln!(
                 out,
-                "{:policy$}  {:>9}  {:>10}  {:>8.2}%{}  {:>10.4}{}  {:>8.4}{}  {:>7.1} ms",
+                "{:policy$}  {:>9}  {:>10}  {:>8.2}%{}  {:>10.4}{}  {:>8.4}{}  {:>11}{}  {:>7.1} ms",
                 row.policy,
                 row.slots,
                 bytes(row.bytes),
@@ -59,6 +62,8 @@ pub fn print(results: &Results, out: &mut dyn Write) -> io::Result<()> {
                 mark(row, |r| r.output_error.mean),
                 row.output_error.p95,
                 mark(row, |r| r.output_error.p95),
+                row.layer_error.map_or("-".to_owned(), |e| format!("{e:.4}")),
+                if row.layer_error.is_some() { mark(row, layer_error) } else { ' ' },
                 row.plan_seconds * 1e3,
             )?;
         }
