@@ -116,6 +116,9 @@ impl PolicyConfig {
     }
 
     /// Sets a parameter by name. The error for an unknown name lists the known ones.
+    ///
+    /// `window` also sets `recent`, since the window's own tokens are not scored but protected; set `recent` after
+    /// it to part the two.
     pub fn set(&mut self, key: &str, value: &str) -> Result<()> {
         if key == "allow_nan" {
             self.allow_nan = value.parse().map_err(|_| Error::Parameter {
@@ -138,7 +141,6 @@ impl PolicyConfig {
             found |= part.set(key, value)?;
         }
         if found {
-            // SnapKV-like windows are protected: the two move together unless `recent` is set by itself.
             if key == "window" && self.reference.is_none() {
                 self.protect.set("recent", value)?;
             }
@@ -175,11 +177,12 @@ impl<B: Backend> Policy<B> {
 
 impl Parameters for Layers {
     fn list(&self) -> Vec<(&'static str, String)> {
-        match self {
-            Layers::Pyramid { beta } => vec![("beta", beta.to_string())],
-            Layers::Weights { layers } => vec![("layer_weights", join(layers))],
-            Layers::Uniform | Layers::Global => Vec::new(),
-        }
+        let (beta, weights) = match self {
+            Layers::Pyramid { beta } => (Some(("beta", beta.to_string())), String::new()),
+            Layers::Weights { layers } => (None, join(layers)),
+            Layers::Uniform | Layers::Global => (None, String::new()),
+        };
+        beta.into_iter().chain([("layer_weights", weights)]).collect()
     }
     fn set(&mut self, key: &str, value: &str) -> Result<bool> {
         match (key, self) {
@@ -190,7 +193,8 @@ impl Parameters for Layers {
                     got: value.to_owned(),
                 })?;
             }
-            // Any allocation over layers may be replaced by explicit weights.
+            // Any allocation over layers may be replaced by explicit weights; none are none.
+            ("layer_weights", _) if value.is_empty() => {}
             ("layer_weights", layers) => {
                 *layers = Layers::Weights { layers: split("layer_weights", value)? };
             }
@@ -202,16 +206,19 @@ impl Parameters for Layers {
 
 impl Parameters for Heads {
     fn list(&self) -> Vec<(&'static str, String)> {
+        let mut all = Vec::new();
+        let mut weights = String::new();
         match self {
             Heads::Ada { alpha, form } => {
-                vec![("alpha", alpha.to_string()), ("form", form.to_string())]
+                all = vec![("alpha", alpha.to_string()), ("form", form.to_string())];
             }
             Heads::Weights { heads } => {
-                let rows: Vec<String> = heads.iter().map(|row| join(row)).collect();
-                vec![("head_weights", rows.join(";"))]
+                weights = heads.iter().map(|row| join(row)).collect::<Vec<_>>().join(";");
             }
-            Heads::Uniform => Vec::new(),
+            Heads::Uniform => {}
         }
+        all.push(("head_weights", weights));
+        all
     }
     fn set(&mut self, key: &str, value: &str) -> Result<bool> {
         match (key, self) {
@@ -223,6 +230,7 @@ impl Parameters for Heads {
                 })?;
             }
             ("form", Heads::Ada { form, .. }) => *form = value.parse::<AdaForm>()?,
+            ("head_weights", _) if value.is_empty() => {}
             ("head_weights", heads) => {
                 let rows = value.split(';').map(|row| split("head_weights", row));
                 *heads = Heads::Weights { heads: rows.collect::<Result<_>>()? };

@@ -11,7 +11,7 @@ use kvbudget::score::{ScoreContext, Scored, Scorer, ScorerConfig, Streaming};
 use kvbudget::select::{Align, Protect};
 use kvbudget::{
     Budget, Dtype, Error, Fraction, Geometry, LayerId, LayerShape, LayerView, Plan, Planner,
-    Policy, PolicyConfig, Position, Ragged, Result, Rows, Sequence,
+    Policy, PolicyConfig, Position, Ragged, Result, Rows, Sequence, Trigger,
 };
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -550,6 +550,17 @@ fn budgets_are_read_exactly() {
     for text in ["20%", "1/3", "128/head", "5000 slots", "1024 B"] {
         assert_eq!(text.parse::<Budget>().unwrap().to_string(), text);
     }
+}
+
+#[test]
+fn triggers_fire_by_tokens_and_by_slots() {
+    let every = Trigger::every(8).unwrap();
+    assert!(!every.due(7, u64::MAX) && every.due(8, 0));
+    let above = Trigger::above(100);
+    assert!(!above.due(u32::MAX, 100) && above.due(0, 101));
+    let either = every.or_above(100);
+    assert!(either.due(8, 0) && either.due(0, 101) && !either.due(7, 100));
+    assert_eq!(Trigger::every(0), Err(Error::Zero { what: "tokens between compressions" }));
 }
 
 /// A pool passed by value does the work.

@@ -259,6 +259,30 @@ fn parameters_matter() {
     }
 }
 
+/// A batch of sequences of different lengths gets the plans that each would get alone, reference modes included.
+#[test]
+fn batches_are_independent() {
+    let heads = [(4, 2), (2, 2)];
+    let models = [Model::new(150, &heads), Model::new(40, &heads), Model::new(97, &heads)];
+    let published = Reference::Kvpress.presets().iter().filter(|name| **name == "knorm");
+    let configs = PRESETS
+        .iter()
+        .map(|name| preset(name).unwrap())
+        .chain(published.map(|name| reference(Reference::Kvpress, name).unwrap()));
+    for config in configs {
+        let budget: Budget = "30%".parse().unwrap();
+        let (cpu, geometry, policy) =
+            (Cpu::new(), models[0].geometry(), config.build::<Cpu>().unwrap());
+        let tokens = models.each_ref().map(|m| m.tokens);
+        let mut planner = Planner::new(&cpu, &policy, &geometry, budget, &tokens).unwrap();
+        for l in 0..heads.len() {
+            planner.push(&models.each_ref().map(|m| m.view(l))).unwrap();
+        }
+        let alone = models.each_ref().map(|m| m.plan(&config, budget).unwrap());
+        assert_eq!(planner.finish().unwrap(), alone, "{}", config.name);
+    }
+}
+
 /// What a method needs and does not get is named.
 #[test]
 fn missing_observations_are_named() {

@@ -8,109 +8,28 @@
 //!
 //! Planning mutates nothing: caches change when the caller applies what [`Planner::held`] or the plan says.
 
+mod contests;
+mod state;
+
+pub use state::Sequence;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use crate::allocate::{Claim, Demand, Share, allocate, apportion};
 use crate::backend::Backend;
 use crate::backend::ops::{Contest, TopK};
-use crate::budget::Budget;
+use crate::budget::{Budget, Fraction};
 use crate::error::{Error, Result};
-use crate::geometry::{Geometry, MAX_LEN};
-use crate::ids::{KvHead, LayerId, Position};
+use crate::geometry::Geometry;
+use crate::ids::{LayerId, Position};
 use crate::plan::{Plan, Report};
 use crate::policy::Policy;
 use crate::ragged::Ragged;
 use crate::reference;
-use crate::score::ScoreContext;
-use crate::select::align::units;
-use crate::select::protect::{Protect, count};
+use crate::score::{ScoreContext, segment_lens};
 use crate::view::LayerView;
-
-/// A sequence to plan for.
-#[derive(Debug, Clone, Copy)]
-pub struct Sequence<'a> {
-    /// Tokens it has seen.
-    pub tokens: u32,
-    /// Positions its heads hold, `[layer][head]`, if it has been compressed before.
-    pub held: Option<&'a [&'a [Vec<Position>]]>,
-}
-
-impl From<u32> for Sequence<'_> {
-    /// A dense sequence of so many tokens.
-    fn from(tokens: u32) -> Self {
-        Self { tokens, held: None }
-    }
-}
-
-/// One KV head of one layer. Indices count slots, or units where units are larger than a slot.
-struct Segment {
-    len: u32,
-    held: Option<Vec<Position>>,
-    units: Option<Vec<Range<u32>>>,
-    protected: Vec<Range<u32>>,
-}
-
-impl Segment {
-    fn new(len: u32, held: Option<Vec<Position>>, unit: u32) -> Self {
-        let units = (unit > 1).then(|| units(len, held.as_deref(), unit));
-        let len = units.as_ref().map_or(len, |u| u.len() as u32);
-        Self { len, held, units, protected: Vec::new() }
-    }
-
-    /// Indices that hold any of a position range.
-    fn indices_of(&self, positions: Range<u32>) -> Range<u32> {
-        let before = |p: u32| match (&self.held, &self.units) {
-            (Some(held), _) => held.partition_point(|h| h.0 < p) as u32,
-            (None, Some(units)) => p.min(units.last().map_or(0, |u| u.end)),
-            (None, None) => p.min(self.len),
-        };
-        let slots = before(positions.start)..before(positions.end);
-        match &self.units {
-            None => slots,
-            Some(units) => {
-                let first = units.partition_point(|u| u.end <= slots.start) as u32;
-                let end = units.partition_point(|u| u.start < slots.end) as u32;
-                first..end.max(first)
-            }
-        }
-    }
-
-    fn slots_in(&self, indices: &[u32]) -> u64 {
-        match &self.units {
-            None => indices.len() as u64,
-            Some(units) => indices.iter().map(|&u| units[u as usize].clone().len() as u64).sum(),
-        }
-    }
-
-    fn slots(&self) -> u64 {
-        let held = self.units.as_ref().map(|u| u.last().map_or(0, |u| u.end));
-        u64::from(held.unwrap_or(self.len))
-    }
-
-    fn positions(&self, indices: &[u32]) -> Vec<Position> {
-        let position = |slot: u32| match &self.held {
-            Some(held) => held[slot as usize],
-            None => Position(slot),
-        };
-        match &self.units {
-            None => indices.iter().map(|&slot| position(slot)).collect(),
-            Some(units) => {
-                indices.iter().flat_map(|&u| units[u as usize].clone()).map(position).collect()
-            }
-        }
-    }
-}
-
-/// What a sequence's plan needs beside scores.
-struct State {
-    tokens: u32,
-    recent: u32,
-    slots_per_head: u64,
-    segments: Vec<Segment>,
-    shares: Vec<Share>,
-    report: Report,
-}
+use contests::{blended, visible};
+use state::State;
 
 /// A layer that has been pushed. Rows: sequence after sequence, head after head.
 struct Pushed<B: Backend> {
@@ -191,7 +110,7 @@ impl<'a, B: Backend> Planner<'a, B> {
         self.count_nan(layer, &scores)?;
         let mut weighted = None;
         if let Some(stage) = &config.two_stage {
-            let mut norms = self.backend.zeros(&crate::score::segment_lens(layers))?;
+            let mut norms = self.backend.zeros(&segment_lens(layers))?;
             self.backend.value_norm(layers, &mut norms)?;
             self.backend.weigh(stage.epsilon, &scores, &mut norms)?;
             self.count_nan(layer, &norms)?;
@@ -406,7 +325,7 @@ impl<'a, B: Backend> Planner<'a, B> {
         &self,
         parts: &[(usize, Range<usize>)],
         mut contests: Vec<Contest>,
-        blends: &[Option<crate::budget::Fraction>],
+        blends: &[Option<Fraction>],
         protected: &Ragged<Range<u32>>,
     ) -> Result<Ragged<u32>> {
         let backend = self.backend;
@@ -535,187 +454,4 @@ impl<'a, B: Backend> Planner<'a, B> {
         }
         Ok((0..self.pushed.len() as u32).map(LayerId).collect())
     }
-}
-
-impl State {
-    /// Whether some budget is contested over several layers.
-    fn spans_layers(&self, firsts: &[usize]) -> bool {
-        let layer = |s: usize| firsts.partition_point(|&first| first <= s);
-        self.shares.iter().any(|share| {
-            let segments = &share.contest.segments;
-            !segments.is_empty() && layer(segments.start) != layer(segments.end - 1)
-        })
-    }
-
-    fn new<B: Backend>(
-        policy: &Policy<B>,
-        geometry: &Geometry,
-        budget: Budget,
-        sequence: Sequence<'_>,
-    ) -> Result<Self> {
-        let tokens = sequence.tokens;
-        if u64::from(tokens) > MAX_LEN {
-            return Err(Error::TooLarge { what: "tokens", got: tokens.into(), limit: MAX_LEN });
-        }
-        let config = &policy.config;
-        let mut segments = Vec::with_capacity(geometry.heads());
-        for (l, shape) in geometry.layers().iter().enumerate() {
-            for h in 0..shape.kv_heads() {
-                let held = match sequence.held {
-                    Some(held) => Some(held_of(held, l, h, shape.kv_heads(), tokens)?),
-                    None => None,
-                };
-                let len = held.as_ref().map_or(tokens, |p| p.len() as u32);
-                segments.push(Segment::new(len, held, config.align.unit));
-            }
-        }
-        let available: u64 = segments.iter().map(Segment::slots).sum();
-        let budget_slots = budget.resolve(geometry, u64::from(tokens));
-        let slots = budget_slots.min(available);
-        let slots_per_head = slots / segments.len().max(1) as u64;
-        let protect = config.protect.for_budget(slots_per_head);
-        let lens: Vec<u64> = segments.iter().map(|s| u64::from(s.len)).collect();
-        let everything = |s: &Segment| protect.slots(tokens, u64::MAX, |r| s.indices_of(r));
-        let protected: Vec<u64> = segments.iter().map(|s| count(&everything(s))).collect();
-        let whole: u64 = lens.iter().sum();
-        let in_units = if slots == available {
-            whole
-        } else {
-            in_units(slots, config.align.unit, &segments, &protect, tokens).min(whole)
-        };
-        let heads: Vec<usize> = geometry.layers().iter().map(|s| s.kv_heads()).collect();
-        let demand = Demand { heads: &heads, lens: &lens, protected: &protected, budget: in_units };
-        let shares = allocate(&config.layers, &config.heads, &demand)?;
-        let mut report = Report { budget_slots, available_slots: available, ..Report::default() };
-        if config.reference.is_none() {
-            report.protection_cut = protect_segments(&mut segments, &shares, &protect, tokens);
-        }
-        let recent = protect.recent;
-        Ok(Self { tokens, recent, slots_per_head, segments, shares, report })
-    }
-}
-
-/// Whole units that fit into `slots`. Partly filled last units that are sure to be kept cost what they hold.
-fn in_units(slots: u64, unit: u32, segments: &[Segment], protect: &Protect, tokens: u32) -> u64 {
-    let unit = u64::from(unit);
-    let lacking = |segment: &Segment| {
-        let last = segment.units.as_ref().and_then(|u| u.last())?;
-        let place = segment.len - 1;
-        let safe = protect.positions(tokens).into_iter().map(|r| segment.indices_of(r));
-        safe.into_iter().any(|r| r.contains(&place)).then_some(unit - last.len() as u64)
-    };
-    let refined = (slots + segments.iter().filter_map(lacking).sum::<u64>()) / unit;
-    if refined >= segments.len() as u64 { refined } else { slots / unit }
-}
-
-/// Sets what each segment protects within its share; returns the slots that protection lost.
-fn protect_segments(
-    segments: &mut [Segment],
-    shares: &[Share],
-    protect: &Protect,
-    tokens: u32,
-) -> u64 {
-    let mut cut = 0;
-    for share in shares {
-        let alone = share.contest.segments.len() == 1;
-        let budget = if alone { share.contest.budget } else { u64::MAX };
-        for s in share.contest.segments.clone() {
-            let segment = &mut segments[s];
-            let of = |budget| protect.slots(tokens, budget, |r| segment.indices_of(r));
-            let (all, kept) = (of(u64::MAX), of(budget));
-            let slots = |r: &[Range<u32>]| {
-                segment.slots_in(&r.iter().flat_map(|r| r.clone()).collect::<Vec<_>>())
-            };
-            cut += slots(&all) - slots(&kept);
-            segment.protected = kept;
-        }
-    }
-    cut
-}
-
-/// The positions a head holds, checked.
-fn held_of(
-    held: &[&[Vec<Position>]],
-    l: usize,
-    h: usize,
-    heads: usize,
-    tokens: u32,
-) -> Result<Vec<Position>> {
-    let layer = held.get(l).ok_or(Error::Shape {
-        what: "layers of the held positions",
-        expected: l as u64 + 1,
-        got: held.len() as u64,
-    })?;
-    if layer.len() != heads {
-        return Err(Error::Shape {
-            what: "heads of the held positions",
-            expected: heads as u64,
-            got: layer.len() as u64,
-        });
-    }
-    let row = &layer[h];
-    let bad = |i: usize| row[i].0 >= tokens || (i > 0 && row[i] <= row[i - 1]);
-    match (0..row.len()).find(|&i| bad(i)) {
-        None => Ok(row.clone()),
-        Some(index) => Err(Error::Positions {
-            layer: LayerId(l as u32),
-            head: KvHead(h as u32),
-            index,
-            got: row[index].0.into(),
-            tokens: tokens.into(),
-        }),
-    }
-}
-
-/// The part of a contest within the segments seen, which hold `held`, renumbered to start at `next`.
-/// Unseen segments keep their floors in reserve.
-fn visible(contest: &Contest, seen: &Range<usize>, held: &[u64], next: usize) -> Option<Contest> {
-    let start = contest.segments.start.max(seen.start);
-    let end = contest.segments.end.min(seen.end);
-    if start >= end {
-        return None;
-    }
-    let first = contest.segments.start;
-    let floors = contest.floors[start - first..end - first].to_vec();
-    let reserve = contest.floors.iter().sum::<u64>() - floors.iter().sum::<u64>();
-    let held: u64 = held[start - seen.start..end - seen.start].iter().sum();
-    let segments = start - seen.start + next..end - seen.start + next;
-    Some(Contest { segments, budget: (contest.budget - reserve).min(held), floors })
-}
-
-/// Ada-KV's safeguard in the paper's form, exact: above what is protected, segment `h` gets
-/// `(1 - α)·f_h + α·R/H` of the contest's `R` slots, rounded by largest remainder.
-fn blended(
-    contest: &Contest,
-    blend: Option<crate::budget::Fraction>,
-    won: &[u32],
-    lens: &[usize],
-    protected: &Ragged<Range<u32>>,
-) -> Result<Vec<Contest>> {
-    let Some(alpha) = blend else { return Ok(vec![contest.clone()]) };
-    let n = contest.segments.len() as u64;
-    let floors = &contest.floors;
-    let spare = contest.budget - floors.iter().sum::<u64>();
-    let claims: Vec<Claim> = contest
-        .segments
-        .clone()
-        .zip(floors)
-        .map(|(s, &floor)| {
-            let extra = u64::from(won[s]) - floor;
-            let weight = (alpha.den() - alpha.num()) * extra * n + alpha.num() * spare;
-            debug_assert!(count(protected.row(s)) <= floor);
-            Claim { weight, floor: 0, cap: lens[s] as u64 - floor }
-        })
-        .collect();
-    let extra = apportion(spare, &claims)?;
-    Ok(contest
-        .segments
-        .clone()
-        .zip(floors.iter().zip(extra))
-        .map(|(s, (floor, extra))| Contest {
-            segments: s..s + 1,
-            budget: floor + extra,
-            floors: vec![0],
-        })
-        .collect())
 }
