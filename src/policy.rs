@@ -22,7 +22,7 @@ use crate::select::{Align, Protect};
     serde(default, deny_unknown_fields)
 )]
 pub struct TwoStage {
-    /// Fraction of each head's budget that goes by score alone.
+    /// Fraction of each head's budget, less what is protected, that goes by score alone.
     pub first_stage: Fraction,
     /// Added to scores before they are multiplied, so that a zero score does not hide a large value.
     pub epsilon: f32,

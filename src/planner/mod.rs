@@ -27,6 +27,7 @@ use crate::policy::Policy;
 use crate::ragged::Ragged;
 use crate::reference;
 use crate::score::{ScoreContext, segment_lens};
+use crate::select::protect::count;
 use crate::view::LayerView;
 use contests::{blended, visible};
 use state::State;
@@ -357,13 +358,16 @@ impl<'a, B: Backend> Planner<'a, B> {
             return backend.selection_to_host(&run(&contests, false)?);
         };
         let budgets = backend.selected(&run(&contests, false)?)?;
-        let stage_one = |n: u32| stage.first_stage.of(u64::from(n)) as u32;
+        // Of what is free to choose: protected slots are neither stage's merit.
+        let stage_one = |s: usize| {
+            let free = u64::from(budgets[s]).saturating_sub(count(protected.row(s)));
+            stage.first_stage.of(free) as u32
+        };
         let mut weighted = Vec::with_capacity(parts.len());
         let mut next = 0;
         for (m, rows) in parts {
             let pushed = &self.pushed[*m];
-            let counts: Vec<u32> =
-                budgets[next..next + rows.len()].iter().map(|&n| stage_one(n)).collect();
+            let counts: Vec<u32> = (next..next + rows.len()).map(stage_one).collect();
             next += rows.len();
             let scores = backend.slice(&pushed.scores, rows.clone())?;
             let second = pushed.weighted.as_ref().unwrap_or(&pushed.scores);

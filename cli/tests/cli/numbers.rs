@@ -18,6 +18,7 @@ struct Numbers {
     mean: f64,
     p95: f64,
     mass: f64,
+    layer: f64,
 }
 
 /// Softmax attention of one query over the given rows: the output and the weights.
@@ -37,8 +38,11 @@ fn attend(q: &[f32], rows: &[(&[f32], &[f32])]) -> (Vec<f64>, Vec<f64>) {
 
 fn oracle(tensors: &mut Tensors, kept: &Kept) -> Numbers {
     let d = SMALL.dim;
-    let (mut errors, mut masses) = (Vec::new(), Vec::new());
+    let (mut errors, mut masses, mut layers) = (Vec::new(), Vec::new(), Vec::new());
+    let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
     for (l, kept) in kept.iter().enumerate() {
+        // All heads' outputs of each query, one after the other: full, and what is missing.
+        let mut outputs = vec![(Vec::new(), Vec::new()); SMALL.next];
         let data = |t: &mut Tensors, kind: &str| t.get(&format!("l{l}.{kind}")).data.clone();
         let [k, v, kn, vn, qn] =
             ["k", "v", "k_next", "v_next", "q_next"].map(|kind| data(tensors, kind));
@@ -54,20 +58,27 @@ fn oracle(tensors: &mut Tensors, kept: &Kept) -> Numbers {
                 let part: Vec<_> = kept[h].iter().map(|&p| slot(p)).chain(new).collect();
                 let (full, weights) = attend(q, &whole);
                 let (got, _) = attend(q, &part);
-                let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
                 let gap: Vec<f64> = full.iter().zip(&got).map(|(a, b)| a - b).collect();
                 errors.push(norm(&gap) / norm(&full));
+                outputs[i].0.extend(full);
+                outputs[i].1.extend(gap);
                 let context: f64 = weights[..SMALL.tokens].iter().sum();
                 masses.push(kept[h].iter().map(|&p| weights[p]).sum::<f64>() / context);
             }
         }
+        let weights = data(tensors, "o_proj");
+        let project = |x: &[f64]| -> Vec<f64> {
+            let rows = weights.chunks(SMALL.query_heads * d);
+            rows.map(|row| row.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum()).collect()
+        };
+        layers.extend(outputs.iter().map(|(full, gap)| norm(&project(gap)) / norm(&project(full))));
     }
     let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
     let (error, mass) = (mean(&errors), mean(&masses));
     errors.sort_by(f64::total_cmp);
     // Nearest rank: at least 95 of 100 samples are not above it.
     let rank = (0.95 * errors.len() as f64).ceil() as usize;
-    Numbers { mean: error, p95: errors[rank - 1], mass }
+    Numbers { mean: error, p95: errors[rank - 1], mass, layer: mean(&layers) }
 }
 
 fn json(path: &Path) -> Value {
@@ -85,6 +96,7 @@ fn agrees(row: &Value, numbers: &Numbers, tolerance: f64) -> bool {
     near(&row["output_error"]["mean"], numbers.mean)
         && near(&row["output_error"]["p95"], numbers.p95)
         && near(&row["retained_mass"], numbers.mass)
+        && near(&row["layer_error"], numbers.layer)
 }
 
 /// f32 arithmetic over at most 46 slots of exactly represented inputs: errors of a few units in the last place
