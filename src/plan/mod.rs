@@ -1,7 +1,7 @@
 //! A plan: which positions each head of each layer keeps. Plain data, no handle, no pointer, no device.
 //!
 //! Planners make it, [`check`] judges it without sharing their code, caches apply it, and it crosses
-//! wires as versioned JSON ([`wire`], feature `serde`).
+//! wires as versioned JSON (feature `serde`).
 
 pub mod check;
 #[cfg(feature = "serde")]
