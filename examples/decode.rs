@@ -89,7 +89,8 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Plans what the caches hold and compacts them in place.
+/// Plans what the caches hold and compacts them in place. Shares move between heads, so that one may have kept
+/// all it had: repacking gives every head room again.
 fn compress(
     cpu: &Cpu,
     policy: &kvbudget::Policy<Cpu>,
@@ -113,6 +114,7 @@ fn compress(
     let plan = planner.finish()?.remove(0);
     for (cache, kept) in caches.iter_mut().zip(&plan.layers) {
         cache.compact(kept)?;
+        cache.repack(SLACK)?;
     }
     Ok(())
 }

@@ -108,15 +108,17 @@ impl<'a, B: Backend> Planner<'a, B> {
         }
         let scored = self.policy.scorer.score(self.backend, &context, layers)?;
         let (mut scores, first) = (scored.scores, scored.first);
-        self.count_nan(layer, &scores)?;
         let mut weighted = None;
         if let Some(stage) = &config.two_stage {
             let mut norms = self.backend.zeros(&segment_lens(layers))?;
             self.backend.value_norm(layers, &mut norms)?;
             self.backend.weigh(stage.epsilon, &scores, &mut norms)?;
+            // NaN scores are NaN here as well.
             self.count_nan(layer, &norms)?;
             self.align(l, &mut norms)?;
             weighted = Some(norms);
+        } else {
+            self.count_nan(layer, &scores)?;
         }
         self.align(l, &mut scores)?;
         if let Some(mut first) = first {
