@@ -25,8 +25,6 @@ pub struct Fraction {
 impl Fraction {
     /// Nothing.
     pub const ZERO: Self = Self { num: 0, den: 1 };
-    /// Everything.
-    pub const ONE: Self = Self { num: 1, den: 1 };
 
     /// `num / den`, between 0 and 1.
     pub fn new(num: u64, den: u64) -> Result<Self> {

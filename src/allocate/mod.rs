@@ -108,15 +108,11 @@ impl Demand<'_> {
     fn least(&self, s: usize) -> u64 {
         self.protected[s].max(1).min(self.lens[s])
     }
-
-    fn segments(&self) -> usize {
-        self.lens.len()
-    }
 }
 
 /// Divides the demand among layers and heads.
 pub fn allocate(layers: &Layers, heads: &Heads, demand: &Demand<'_>) -> Result<Vec<Share>> {
-    let all: Vec<usize> = (0..demand.segments()).collect();
+    let all: Vec<usize> = (0..demand.lens.len()).collect();
     let least: u64 = all.iter().map(|&s| demand.least(s)).sum();
     if demand.budget < least {
         return scarce(demand);
@@ -162,7 +158,7 @@ pub fn allocate(layers: &Layers, heads: &Heads, demand: &Demand<'_>) -> Result<V
 /// Less than what is protected: shares in proportion to it, one slot each first where there are enough.
 fn scarce(demand: &Demand<'_>) -> Result<Vec<Share>> {
     let holding = demand.lens.iter().filter(|&&n| n > 0).count() as u64;
-    let claims: Vec<Claim> = (0..demand.segments())
+    let claims: Vec<Claim> = (0..demand.lens.len())
         .map(|s| {
             let least = demand.least(s);
             let floor = u64::from(demand.budget >= holding).min(least);
