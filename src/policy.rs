@@ -10,7 +10,7 @@ use crate::budget::Fraction;
 use crate::error::{Error, Result};
 use crate::parameters::{Parameters, parameters};
 use crate::reference::Reference;
-use crate::score::{Scorer, ScorerConfig};
+use crate::score::{Needs, Scorer, ScorerConfig};
 use crate::select::{Align, Protect};
 
 /// CriticalKV's second stage, once every head's budget is known: the first part goes to the best by score,
@@ -169,6 +169,12 @@ impl<B: Backend> Policy<B> {
         Ok(Self { scorer, ..config.build()? })
     }
 
+    /// What views must carry for this policy.
+    pub fn needs(&self) -> Needs {
+        let needs = self.scorer.needs();
+        Needs { o_proj: needs.o_proj || self.config.two_stage.is_some(), ..needs }
+    }
+
     /// The policy as data.
     pub fn config(&self) -> &PolicyConfig {
         &self.config
@@ -214,6 +220,9 @@ impl Parameters for Heads {
             }
             Heads::Weights { heads } => {
                 weights = heads.iter().map(|row| join(row)).collect::<Vec<_>>().join(";");
+            }
+            Heads::Profile { profile } => {
+                all = vec![("profile", profile.model().to_owned())];
             }
             Heads::Uniform => {}
         }

@@ -8,12 +8,15 @@ use crate::allocate::{AdaForm, Heads, Layers};
 use crate::budget::Fraction;
 use crate::error::{Error, Result};
 use crate::policy::{PolicyConfig, TwoStage};
+use crate::profile::Profile;
 use crate::score::{
-    Defensive, H2o, KNorm, KeyDiff, LagKv, Random, ScorerConfig, SnapKv, Streaming, Tova,
+    Defensive, H2o, KNorm, KeyDiff, LagKv, Random, Reconstruct, ScorerConfig, SnapKv, Streaming,
+    Tova,
 };
 use crate::select::Protect;
 
-/// Names of the presets.
+/// Names of the presets that need nothing but what a prefill leaves behind. Beside them there is `reconstruct`, which
+/// needs a second pass ([`Reconstruction`](crate::score::Reconstruction)), and [`profiled`], which needs a profile.
 pub const PRESETS: &[&str] = &[
     "streaming",
     "snapkv",
@@ -78,15 +81,32 @@ pub fn preset(name: &str) -> Result<PolicyConfig> {
             protect: Protect { recent_share: Fraction::new(1, 2)?, ..recent(1) },
             ..plain(ScorerConfig::H2o(H2o {}))
         },
+        "reconstruct" => PolicyConfig {
+            protect: Protect { sinks: 4, ..recent(1) },
+            heads: self::ada(0, 1),
+            layers: Layers::Global,
+            ..plain(ScorerConfig::Reconstruct(Reconstruct {}))
+        },
         "random" => plain(ScorerConfig::Random(Random::default())),
         _ => {
             return Err(Error::UnknownName {
                 what: "policy",
                 got: name.to_owned(),
-                known: PRESETS.join(", "),
+                known: format!("{}, reconstruct", PRESETS.join(", ")),
             });
         }
     })
+}
+
+/// Shares as measured, and inside each head what is worth most in the worst case (DefensiveKV's score).
+pub fn profiled(profile: Profile) -> PolicyConfig {
+    let scorer = Defensive { threshold: 0.0, ..Defensive::default() };
+    PolicyConfig {
+        protect: Protect { sinks: 4, recent: scorer.window, ..Protect::default() },
+        heads: Heads::Profile { profile },
+        layers: Layers::Global,
+        ..PolicyConfig::new("profiled", ScorerConfig::Defensive(scorer))
+    }
 }
 
 fn ada(num: u64, den: u64) -> Heads {

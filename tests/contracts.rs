@@ -7,7 +7,7 @@ use kvbudget::allocate::{AdaForm, Claim, Heads, Layers, apportion};
 use kvbudget::backend::Backend;
 use kvbudget::backend::cpu::{Cpu, HostLayer, HostSlice};
 use kvbudget::plan::{CheckError, Promise};
-use kvbudget::score::{ScoreContext, Scored, Scorer, ScorerConfig, Streaming};
+use kvbudget::score::{Needs, ScoreContext, Scored, Scorer, ScorerConfig, Streaming};
 use kvbudget::select::{Align, Protect};
 use kvbudget::{
     Budget, Dtype, Error, Fraction, Geometry, LayerId, LayerShape, LayerView, Plan, Planner,
@@ -22,6 +22,9 @@ const DIM: u32 = 2;
 struct Fixed(Vec<Vec<Vec<f32>>>);
 
 impl Scorer<Cpu> for Fixed {
+    fn needs(&self) -> Needs {
+        Needs::default()
+    }
     fn score(
         &self,
         cpu: &Cpu,

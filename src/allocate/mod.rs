@@ -11,6 +11,7 @@ pub use apportion::{Claim, apportion};
 use crate::backend::ops::Contest;
 use crate::budget::Fraction;
 use crate::error::{Error, Result};
+use crate::profile::Profile;
 use apportion::weights_from;
 
 /// Segments of one sequence that share a budget.
@@ -32,6 +33,8 @@ pub struct Demand<'a> {
     pub lens: &'a [u64],
     /// Protected in each segment.
     pub protected: &'a [u64],
+    /// Tokens of the sequence, in the same unit: what a head would hold had it never been compressed.
+    pub tokens: u64,
     /// To be kept in all; at most the sum of `lens`.
     pub budget: u64,
 }
@@ -58,7 +61,7 @@ pub enum Layers {
         /// The weights.
         layers: Vec<f64>,
     },
-    /// By score over all layers at once (Layer-DefensiveKV).
+    /// Over all layers at once: by score (Layer-DefensiveKV), or by the heads' weights.
     Global,
 }
 
@@ -84,6 +87,11 @@ pub enum Heads {
     Weights {
         /// The weights, `[layer][head]`.
         heads: Vec<Vec<f64>>,
+    },
+    /// In proportion to what a model's heads were measured to need at this budget.
+    Profile {
+        /// The measurement.
+        profile: Profile,
     },
 }
 
@@ -117,18 +125,24 @@ pub fn allocate(layers: &Layers, heads: &Heads, demand: &Demand<'_>) -> Result<V
     if demand.budget < least {
         return scarce(demand);
     }
-    let mut shares = Vec::new();
+    let weights = head_weights(heads, demand)?;
     if let Layers::Global = layers {
-        let Heads::Ada { alpha, form: AdaForm::Floor } = heads else {
-            return Err(Error::Unsupported {
+        return match (heads, weights) {
+            (Heads::Ada { alpha, form: AdaForm::Floor }, _) => {
+                Ok(vec![contested(demand, &all, demand.budget, *alpha, None)?])
+            }
+            (_, Some(weights)) => {
+                let weights = weights_from("heads", &weights.concat())?;
+                fixed(demand, &all, demand.budget, |i| weights[i])
+            }
+            _ => Err(Error::Unsupported {
                 what: "global budgets over layers",
-                why: "heads must be contested with floors (heads = ada, form = floor)",
-            });
+                why: "heads must be contested with floors (heads = ada, form = floor), or weighted",
+            }),
         };
-        shares.push(contested(demand, &all, demand.budget, *alpha, None)?);
-        return Ok(shares);
     }
     let budgets = layer_budgets(layers, demand)?;
+    let mut shares = Vec::new();
     let mut first = 0;
     for (l, (&count, &budget)) in demand.heads.iter().zip(&budgets).enumerate() {
         let segments = &all[first..first + count];
@@ -141,18 +155,36 @@ pub fn allocate(layers: &Layers, heads: &Heads, demand: &Demand<'_>) -> Result<V
                 shares.push(contested(demand, segments, budget, Fraction::ZERO, Some(*alpha))?);
             }
             Heads::Uniform => shares.extend(fixed(demand, segments, budget, |_| 1)?),
-            Heads::Weights { heads } => {
-                let weights = heads.get(l).filter(|w| w.len() == count).ok_or(Error::Shape {
-                    what: "head weights of a layer",
-                    expected: count as u64,
-                    got: heads.get(l).map_or(0, Vec::len) as u64,
-                })?;
+            Heads::Weights { .. } | Heads::Profile { .. } => {
+                let weights = weights.as_ref().map_or(&[][..], |w| w[l].as_slice());
                 let weights = weights_from("heads", weights)?;
                 shares.extend(fixed(demand, segments, budget, |i| weights[i])?);
             }
         }
     }
     Ok(shares)
+}
+
+/// Weights of all heads, `[layer][head]`, where there are such.
+fn head_weights(heads: &Heads, demand: &Demand<'_>) -> Result<Option<Vec<Vec<f64>>>> {
+    let weights = match heads {
+        Heads::Uniform | Heads::Ada { .. } => return Ok(None),
+        Heads::Weights { heads } => heads.clone(),
+        Heads::Profile { profile } => {
+            // Of the tokens seen: what a head holds after an earlier compression says nothing of its needs.
+            let full = demand.tokens * demand.lens.len() as u64;
+            profile.shares(demand.budget as f64 / full.max(1) as f64)
+        }
+    };
+    let expect = |what, expected: usize, got: usize| match expected == got {
+        true => Ok(()),
+        false => Err(Error::Shape { what, expected: expected as u64, got: got as u64 }),
+    };
+    expect("layers with head weights", demand.heads.len(), weights.len())?;
+    for (&count, weights) in demand.heads.iter().zip(&weights) {
+        expect("head weights of a layer", count, weights.len())?;
+    }
+    Ok(Some(weights))
 }
 
 /// Less than what is protected: shares in proportion to it, one slot each first where there are enough.

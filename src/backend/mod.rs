@@ -45,6 +45,8 @@ pub trait Backend: Send + Sync {
     fn upload(&self, rows: Ragged<f32>) -> Result<Self::Floats>;
     /// A copy of some of the rows.
     fn slice(&self, rows: &Self::Floats, range: Range<usize>) -> Result<Self::Floats>;
+    /// Length of each row.
+    fn lens(&self, rows: &Self::Floats) -> Vec<u32>;
     /// NaN in each row.
     fn count_nan(&self, rows: &Self::Floats) -> Result<Vec<u64>>;
 
@@ -105,6 +107,8 @@ pub trait Backend: Send + Sync {
     fn floor_at_mean(&self, lens: &[u32], rows: &mut Self::Floats) -> Result<()>;
     /// `norms = (rows + epsilon) · norms`, elementwise.
     fn weigh(&self, epsilon: f32, rows: &Self::Floats, norms: &mut Self::Floats) -> Result<()>;
+    /// `rows = max(rows, by)` over what `rows` has; rows of `by` may be longer. NaN of either side stays.
+    fn raise(&self, by: &Self::Floats, rows: &mut Self::Floats) -> Result<()>;
     /// For each row, the smallest number of its largest entries that sums to `threshold - (1 - sum)`:
     /// entries are attention mass, what they lack to 1 is mass already safe. At most `caps[s]`.
     fn mass_count(&self, threshold: f32, caps: &[u32], mass: &Self::Floats) -> Result<Vec<u32>>;

@@ -26,7 +26,7 @@ use crate::plan::{Plan, Report};
 use crate::policy::Policy;
 use crate::ragged::Ragged;
 use crate::reference;
-use crate::score::{ScoreContext, segment_lens};
+use crate::score::{ScoreContext, Scored, segment_lens};
 use crate::select::protect::count;
 use crate::view::LayerView;
 use contests::{blended, visible};
@@ -107,6 +107,42 @@ impl<'a, B: Backend> Planner<'a, B> {
             return self.finish_reference(reference);
         }
         let scored = self.policy.scorer.score(self.backend, &context, layers)?;
+        self.take(l, layers, scored)
+    }
+
+    /// The same with scores that were made elsewhere, `[H, len]` of each view: the policy's scorer is not asked.
+    ///
+    /// Errors as [`push`](Self::push) does; also for scores of other lengths, and in reference mode.
+    pub fn push_scored(
+        &mut self,
+        layers: &[LayerView<'_, B::Storage<'_>>],
+        scores: B::Floats,
+    ) -> Result<Vec<LayerId>> {
+        let l = self.pushed.len();
+        self.check_views(l, layers)?;
+        if self.policy.config.reference.is_some() {
+            return Err(Error::Unsupported {
+                what: "scores of your own in reference mode",
+                why: "reference modes reproduce published scores",
+            });
+        }
+        let (expected, got) = (segment_lens(layers), self.backend.lens(&scores));
+        expect("score rows (segments)", expected.len() as u64, got.len() as u64)?;
+        for (expected, got) in expected.into_iter().zip(got) {
+            expect("scores of a segment", expected.into(), got.into())?;
+        }
+        self.take(l, layers, scores.into())
+    }
+
+    /// Settles a layer by its scores.
+    fn take(
+        &mut self,
+        l: usize,
+        layers: &[LayerView<'_, B::Storage<'_>>],
+        scored: Scored<B::Floats>,
+    ) -> Result<Vec<LayerId>> {
+        let layer = LayerId(l as u32);
+        let config = &self.policy.config;
         let (mut scores, first) = (scored.scores, scored.first);
         let mut weighted = None;
         if let Some(stage) = &config.two_stage {
@@ -175,10 +211,6 @@ impl<'a, B: Backend> Planner<'a, B> {
         let shapes = self.geometry.layers();
         let Some(&shape) = shapes.get(l) else {
             return Err(Error::LayerOrder { expected: shapes.len(), got: l, layers: shapes.len() });
-        };
-        let expect = |what, expected: u64, got: u64| match expected == got {
-            true => Ok(()),
-            false => Err(Error::Shape { what, expected, got }),
         };
         expect("views of a layer", self.sequences.len() as u64, layers.len() as u64)?;
         for (state, view) in self.sequences.iter().zip(layers) {
@@ -459,5 +491,12 @@ impl<'a, B: Backend> Planner<'a, B> {
             }
         }
         Ok((0..self.pushed.len() as u32).map(LayerId).collect())
+    }
+}
+
+fn expect(what: &'static str, expected: u64, got: u64) -> Result<()> {
+    match expected == got {
+        true => Ok(()),
+        false => Err(Error::Shape { what, expected, got }),
     }
 }

@@ -146,7 +146,13 @@ impl State {
             in_units(slots, config.align.unit, &segments, &protect, tokens).min(whole)
         };
         let heads: Vec<usize> = geometry.layers().iter().map(|s| s.kv_heads()).collect();
-        let demand = Demand { heads: &heads, lens: &lens, protected: &protected, budget: in_units };
+        let demand = Demand {
+            heads: &heads,
+            lens: &lens,
+            protected: &protected,
+            tokens: u64::from(tokens.div_ceil(config.align.unit)),
+            budget: in_units,
+        };
         let shares = allocate(&config.layers, &config.heads, &demand)?;
         let mut report = Report { budget_slots, available_slots: available, ..Report::default() };
         if config.reference.is_none() {

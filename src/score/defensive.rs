@@ -14,7 +14,7 @@
 //!   layer. Within a layer the latter changes nothing.
 //! * Cost: SnapKV's two passes and one output projection over the cache, `2·Hq·T·D·hidden` flops.
 
-use super::{FirstSet, ScoreContext, Scored, Scorer, past_lens, segment_lens};
+use super::{FirstSet, Needs, Queries, ScoreContext, Scored, Scorer, past_lens, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::{NormScale, Reduce, WindowAttention};
 use crate::error::{Error, Result};
@@ -52,6 +52,9 @@ impl Default for Defensive {
 }
 
 impl<B: Backend> Scorer<B> for Defensive {
+    fn needs(&self) -> Needs {
+        Needs { queries: Queries::Last(self.window), o_proj: true, ..Needs::default() }
+    }
     fn score(
         &self,
         backend: &B,

@@ -7,7 +7,7 @@
 //! * Needs the queries of all tokens: an observation window is not enough, and is refused.
 //! * Cost: `4·Hq·T²·D` flops, as much as prefill attention.
 
-use super::{ScoreContext, Scored, Scorer, segment_lens};
+use super::{Needs, Queries, ScoreContext, Scored, Scorer, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::{Reduce, WindowAttention};
 use crate::error::Result;
@@ -25,6 +25,9 @@ pub struct H2o {}
 parameters!(H2o {});
 
 impl<B: Backend> Scorer<B> for H2o {
+    fn needs(&self) -> Needs {
+        Needs { queries: Queries::All, ..Needs::default() }
+    }
     fn score(
         &self,
         backend: &B,

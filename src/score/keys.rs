@@ -5,7 +5,7 @@
 //!   one applied to blocks.
 //! * Cost: one pass over K (KeyDiff two).
 
-use super::{ScoreContext, Scored, Scorer, segment_lens};
+use super::{Needs, ScoreContext, Scored, Scorer, segment_lens};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::parameters::parameters;
@@ -22,6 +22,9 @@ pub struct KNorm {}
 parameters!(KNorm {});
 
 impl<B: Backend> Scorer<B> for KNorm {
+    fn needs(&self) -> Needs {
+        Needs::default()
+    }
     fn score(
         &self,
         backend: &B,
@@ -45,6 +48,9 @@ pub struct KeyDiff {}
 parameters!(KeyDiff {});
 
 impl<B: Backend> Scorer<B> for KeyDiff {
+    fn needs(&self) -> Needs {
+        Needs::default()
+    }
     fn score(
         &self,
         backend: &B,

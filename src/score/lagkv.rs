@@ -9,7 +9,7 @@
 //!   gives 0 here, where the published code divides by zero.
 //! * Cost: one pass over K and V, no queries.
 
-use super::{ScoreContext, Scored, Scorer, segment_lens};
+use super::{Needs, ScoreContext, Scored, Scorer, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::Lag;
 use crate::error::Result;
@@ -44,6 +44,9 @@ impl Default for LagKv {
 }
 
 impl<B: Backend> Scorer<B> for LagKv {
+    fn needs(&self) -> Needs {
+        Needs::default()
+    }
     fn score(
         &self,
         backend: &B,

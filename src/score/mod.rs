@@ -5,6 +5,7 @@ mod defensive;
 mod h2o;
 mod keys;
 mod lagkv;
+mod reconstruct;
 mod snapkv;
 mod streaming;
 
@@ -12,6 +13,7 @@ pub use defensive::Defensive;
 pub use h2o::H2o;
 pub use keys::{KNorm, KeyDiff};
 pub use lagkv::LagKv;
+pub use reconstruct::{Reconstruct, Reconstruction};
 pub use snapkv::{SnapKv, Tova};
 pub use streaming::{Random, Streaming};
 
@@ -62,8 +64,33 @@ impl<F> From<F> for Scored<F> {
     }
 }
 
+/// Queries that a method looks at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum Queries {
+    /// None.
+    #[default]
+    None,
+    /// Those of the last so many tokens.
+    Last(u32),
+    /// Those of all tokens.
+    All,
+}
+
+/// What a method looks at beside keys, values and positions: what an engine must keep for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Needs {
+    /// Queries, after RoPE.
+    pub queries: Queries,
+    /// The output projection.
+    pub o_proj: bool,
+    /// Scores of a second pass: see [`Reconstruction`].
+    pub second_pass: bool,
+}
+
 /// One method: scores `[H, len]` for each view of one layer.
 pub trait Scorer<B: Backend>: Send + Sync {
+    /// What views must carry.
+    fn needs(&self) -> Needs;
     /// Scores one layer of many sequences.
     fn score(
         &self,
@@ -118,6 +145,8 @@ pub enum ScorerConfig {
     KeyDiff(KeyDiff),
     /// Variation against the next partition.
     LagKv(LagKv),
+    /// Attention of a second pass that repeats the context.
+    Reconstruct(Reconstruct),
 }
 
 /// The same match for every use of the closed set.
@@ -133,6 +162,7 @@ macro_rules! each {
             ScorerConfig::KNorm($scorer) => $use,
             ScorerConfig::KeyDiff($scorer) => $use,
             ScorerConfig::LagKv($scorer) => $use,
+            ScorerConfig::Reconstruct($scorer) => $use,
         }
     };
 }

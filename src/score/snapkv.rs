@@ -10,7 +10,7 @@
 //!   same scores for each KV head. Published as per-step eviction; here as often as the planner runs.
 //! * Cost: two passes over K (one with the prefill's log-sum-exp), `2·Hq·W·T·D` flops each.
 
-use super::{ScoreContext, Scored, Scorer, past_lens, segment_lens};
+use super::{Needs, Queries, ScoreContext, Scored, Scorer, past_lens, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::{Pool, Pooling, Reduce, WindowAttention};
 use crate::error::Result;
@@ -48,6 +48,9 @@ impl Default for SnapKv {
 }
 
 impl<B: Backend> Scorer<B> for SnapKv {
+    fn needs(&self) -> Needs {
+        Needs { queries: Queries::Last(self.window), ..Needs::default() }
+    }
     fn score(
         &self,
         backend: &B,
@@ -81,6 +84,9 @@ pub struct Tova {}
 parameters!(Tova {});
 
 impl<B: Backend> Scorer<B> for Tova {
+    fn needs(&self) -> Needs {
+        Needs { queries: Queries::Last(1), ..Needs::default() }
+    }
     fn score(
         &self,
         backend: &B,

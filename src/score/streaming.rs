@@ -4,7 +4,7 @@
 //!   Keys are not rotated anew: positions stay logical.
 //! * Random: what a method must beat. The noise depends on seed, layer, head and position alone.
 
-use super::{ScoreContext, Scored, Scorer, segment_lens};
+use super::{Needs, ScoreContext, Scored, Scorer, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::Positional;
 use crate::error::Result;
@@ -22,6 +22,9 @@ pub struct Streaming {}
 parameters!(Streaming {});
 
 impl<B: Backend> Scorer<B> for Streaming {
+    fn needs(&self) -> Needs {
+        Needs::default()
+    }
     fn score(
         &self,
         backend: &B,
@@ -48,6 +51,9 @@ pub struct Random {
 parameters!(Random { seed: "an integer" });
 
 impl<B: Backend> Scorer<B> for Random {
+    fn needs(&self) -> Needs {
+        Needs::default()
+    }
     fn score(
         &self,
         backend: &B,

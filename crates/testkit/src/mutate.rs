@@ -263,10 +263,14 @@ impl Backend for Tampered {
         in_place positional(op: Positional, layers: Layers<'_, '_>) -> Result<()>;
         in_place floor_at_mean(lens: &[u32]) -> Result<()>;
         in_place weigh(epsilon: f32, scores: &Ragged<f32>) -> Result<()>;
+        in_place raise(by: &Ragged<f32>) -> Result<()>;
         in_place pin_top(counts: &[u32], by: &Ragged<f32>) -> Result<()>;
         in_place share_heads(heads: &[usize]) -> Result<()>;
     }
 
+    fn lens(&self, rows: &Ragged<f32>) -> Vec<u32> {
+        self.cpu.lens(rows)
+    }
     fn to_host(&self, rows: &Ragged<f32>) -> Result<Ragged<f32>> {
         self.cpu.to_host(rows)
     }

@@ -99,6 +99,9 @@ impl Backend for Cpu {
         rows::expect_rows("rows of a slice", rows.rows().max(range.end), rows.rows())?;
         Ok(range.map(|i| rows.row(i).to_vec()).collect())
     }
+    fn lens(&self, rows: &Ragged<f32>) -> Vec<u32> {
+        rows.lens().map(|n| n as u32).collect()
+    }
     fn count_nan(&self, rows: &Ragged<f32>) -> Result<Vec<u64>> {
         Ok(rows.iter().map(|row| row.iter().filter(|x| x.is_nan()).count() as u64).collect())
     }
@@ -149,6 +152,9 @@ impl Backend for Cpu {
     }
     fn weigh(&self, epsilon: f32, rows: &Ragged<f32>, norms: &mut Ragged<f32>) -> Result<()> {
         rows::weigh(epsilon, rows, norms)
+    }
+    fn raise(&self, by: &Ragged<f32>, rows: &mut Ragged<f32>) -> Result<()> {
+        rows::raise(by, rows)
     }
     fn mass_count(&self, threshold: f32, caps: &[u32], mass: &Ragged<f32>) -> Result<Vec<u32>> {
         self.run(|| top_k::mass_count(threshold, caps, mass))

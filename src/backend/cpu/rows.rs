@@ -112,6 +112,22 @@ pub(super) fn weigh(epsilon: f32, rows: &Ragged<f32>, norms: &mut Ragged<f32>) -
     Ok(())
 }
 
+pub(super) fn raise(by: &Ragged<f32>, rows: &mut Ragged<f32>) -> Result<()> {
+    expect_rows("rows to raise by", rows.rows(), by.rows())?;
+    for s in 0..rows.rows() {
+        expect_within("entries to raise by", by.len(s), rows.len(s))?;
+    }
+    for s in 0..rows.rows() {
+        for (x, &by) in rows.row_mut(s).iter_mut().zip(by.row(s)) {
+            // Written so that NaN stays NaN.
+            if by.is_nan() || *x < by {
+                *x = by;
+            }
+        }
+    }
+    Ok(())
+}
+
 pub(super) fn share_heads(heads: &[usize], rows: &mut Ragged<f32>) -> Result<()> {
     expect_rows("heads of the views", heads.iter().sum(), rows.rows())?;
     let mut first = 0;

@@ -43,6 +43,15 @@ pub fn weigh<F: Float>(epsilon: f32, norms: &[F], row: &mut [F]) {
     }
 }
 
+/// The larger of the two, NaN if either is.
+pub fn raise<F: Float>(by: &[F], row: &mut [F]) {
+    for t in 0..row.len() {
+        if row[t] == row[t] && !(by[t] <= row[t]) {
+            row[t] = by[t];
+        }
+    }
+}
+
 /// One row: the sum of all.
 pub fn share_heads<F: Float>(rows: &[Vec<F>]) -> Vec<F> {
     (0..rows[0].len()).map(|t| sum(rows.iter().map(|row| row[t]))).collect()

@@ -130,6 +130,28 @@ pub fn weights<D: TestDevice>(device: &D) {
     }
 }
 
+/// The larger of two, in the place of one; what it is raised by may go on after it.
+pub fn raises<D: TestDevice>(device: &D) {
+    let longer = |row: &Vec<f32>| [row.as_slice(), &[f32::INFINITY]].concat();
+    for kind in Scores::ALL {
+        for by in Scores::ALL {
+            let rows = rows_of(kind);
+            let by: Vec<Vec<f32>> = LENGTHS.iter().map(|&n| by.row(n, 99 + u64::from(n))).collect();
+            let on_device = upload(device, &by.iter().map(longer).collect::<Vec<_>>());
+            let got = changed(device, &rows, |b, rows| b.raise(&on_device, rows));
+            let mut want = rows.clone();
+            want.iter_mut().zip(&by).for_each(|(row, by)| naive::raise(by, row));
+            let got = got.expect("rows can be raised");
+            // Which NaN, and the sign of zero, are left open.
+            let plain = |x: &f32| if x.is_nan() { f32::NAN.to_bits() } else { (x + 0.0).to_bits() };
+            let plain = |row: &[f32]| row.iter().map(plain).collect::<Vec<_>>();
+            let want: Vec<_> = want.iter().map(|row| plain(row)).collect();
+            let got: Vec<_> = got.iter().map(plain).collect();
+            pass(&(kind, by.len()), compare::equal(&got, &want));
+        }
+    }
+}
+
 /// Sums over the heads of each view.
 pub fn shared_heads<D: TestDevice>(device: &D) {
     fn shared<F: Float>(heads: &[usize], rows: &[Vec<f32>]) -> Matrix<F> {
@@ -196,6 +218,8 @@ pub fn errors<D: TestDevice>(device: &D) {
     fails(&"too long", changed(device, &rows, |b, rows| b.floor_at_mean(&[9, 9], rows)));
     fails(&"short scores", changed(device, &rows, |b, rows| b.weigh(0.0, &short, rows)));
     fails(&"few scores", changed(device, &rows, |b, rows| b.weigh(0.0, &few, rows)));
+    fails(&"short raises", changed(device, &rows, |b, rows| b.raise(&short, rows)));
+    fails(&"few raises", changed(device, &rows, |b, rows| b.raise(&few, rows)));
     fails(&"unequal heads", changed(device, &rows, |b, rows| b.share_heads(&[2], rows)));
     fails(&"missing heads", changed(device, &rows, |b, rows| b.share_heads(&[1], rows)));
     let scale = changed(device, &rows, |b, rows| {
