@@ -110,6 +110,7 @@ fn window_attention(c: &mut Criterion) {
         over_group: Reduce::Mean,
         row_pool: None,
         score_window: false,
+        gap: 0,
     };
     let defensive = WindowAttention {
         over_window: Reduce::Max,

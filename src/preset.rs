@@ -81,6 +81,12 @@ pub fn preset(name: &str) -> Result<PolicyConfig> {
             protect: Protect { recent_share: Fraction::new(1, 2)?, ..recent(1) },
             ..plain(ScorerConfig::H2o(H2o {}))
         },
+        "reach" => PolicyConfig {
+            protect: Protect { sinks: 4, ..recent(window) },
+            heads: self::ada(0, 1),
+            layers: Layers::Global,
+            ..plain(ScorerConfig::Reach(crate::score::Reach::default()))
+        },
         "reconstruct" => PolicyConfig {
             protect: Protect { sinks: 4, ..recent(1) },
             heads: self::ada(0, 1),

@@ -11,7 +11,7 @@ use kvbudget::score::{Needs, ScoreContext, Scored, Scorer, ScorerConfig, Streami
 use kvbudget::select::{Align, Protect};
 use kvbudget::{
     Budget, Dtype, Error, Fraction, Geometry, LayerId, LayerShape, LayerView, Plan, Planner,
-    Policy, PolicyConfig, Position, Ragged, Result, Rows, Sequence, Trigger,
+    Policy, PolicyConfig, Position, Profile, Ragged, Result, Rows, Sequence, Trigger, profile,
 };
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -117,9 +117,22 @@ fn allocations() -> impl Strategy<Value = (Layers, Heads)> {
     ];
     prop_oneof![
         3 => (layers, heads),
+        1 => Just((Layers::Global, Heads::Weights { heads: Vec::new() })),
         2 => fraction()
             .prop_map(|alpha| (Layers::Global, Heads::Ada { alpha, form: AdaForm::Floor })),
     ]
+}
+
+/// Weights of every head, some of them zero, as they are or as a profile of one budget.
+fn weighted(heads: &[u32], profile: bool) -> Heads {
+    let weight = |l: usize, h: u32| f64::from((l as u32 * 7 + h * 3 + 1) % 5) / 4.0;
+    let heads: Vec<Vec<f64>> =
+        heads.iter().enumerate().map(|(l, &n)| (0..n).map(|h| weight(l, h)).collect()).collect();
+    if !profile {
+        return Heads::Weights { heads };
+    }
+    let point = profile::Point { keep: Fraction::new(1, 4).unwrap(), shares: heads };
+    Heads::Profile { profile: Profile::new("test", vec![point]).unwrap() }
 }
 
 fn cases(units: impl Strategy<Value = u32> + 'static) -> impl Strategy<Value = Case> {
@@ -131,26 +144,35 @@ fn cases(units: impl Strategy<Value = u32> + 'static) -> impl Strategy<Value = C
         0u32..12,
         prop::collection::vec((0u32..40, 0u32..6), 0..3),
         units,
+        any::<bool>(),
     )
-        .prop_flat_map(|((tokens, heads), allocation, sinks, recent, ranges, unit)| {
-            let slots: u64 = heads.iter().map(|&h| u64::from(h * tokens)).sum();
-            let layer = |&h: &u32| {
-                prop::collection::vec(prop::collection::vec(scores(), tokens as usize), h as usize)
-            };
-            let all: Vec<_> = heads.iter().map(layer).collect();
-            (all, budgets(slots)).prop_map(move |(scores, budget)| {
-                let ranges = ranges.iter().map(|&(start, n)| start..start + n).collect();
-                let config = PolicyConfig {
-                    layers: allocation.0.clone(),
-                    heads: allocation.1.clone(),
-                    protect: Protect { sinks, recent, ranges, ..Protect::default() },
-                    align: Align { unit, share_heads: false },
-                    allow_nan: true,
-                    ..PolicyConfig::new("test", ScorerConfig::Streaming(Streaming {}))
+        .prop_flat_map(
+            |((tokens, heads), mut allocation, sinks, recent, ranges, unit, profile)| {
+                if let Heads::Weights { .. } = allocation.1 {
+                    allocation.1 = weighted(&heads, profile);
+                }
+                let slots: u64 = heads.iter().map(|&h| u64::from(h * tokens)).sum();
+                let layer = |&h: &u32| {
+                    prop::collection::vec(
+                        prop::collection::vec(scores(), tokens as usize),
+                        h as usize,
+                    )
                 };
-                Case { tokens, heads: heads.clone(), scores, config, budget }
-            })
-        })
+                let all: Vec<_> = heads.iter().map(layer).collect();
+                (all, budgets(slots)).prop_map(move |(scores, budget)| {
+                    let ranges = ranges.iter().map(|&(start, n)| start..start + n).collect();
+                    let config = PolicyConfig {
+                        layers: allocation.0.clone(),
+                        heads: allocation.1.clone(),
+                        protect: Protect { sinks, recent, ranges, ..Protect::default() },
+                        align: Align { unit, share_heads: false },
+                        allow_nan: true,
+                        ..PolicyConfig::new("test", ScorerConfig::Streaming(Streaming {}))
+                    };
+                    Case { tokens, heads: heads.clone(), scores, config, budget }
+                })
+            },
+        )
 }
 
 /// Rank of a score in the crate's order: NaN lowest, `-0 = +0`.

@@ -1,11 +1,13 @@
 //! Every preset, end to end on random attention: plans keep their promises at every budget, parameters are
 //! reachable by name, and the methods do what they are named for.
 
+use kvbudget::backend::Backend;
 use kvbudget::backend::cpu::{Cpu, HostLayer, HostSlice};
 use kvbudget::plan::Promise;
+use kvbudget::score::{Queries, Reconstruction};
 use kvbudget::{
-    Budget, Dtype, Error, Geometry, LayerShape, LayerView, PRESETS, Plan, Planner, PolicyConfig,
-    Reference, Result, Rows, preset, reference,
+    Budget, Dtype, Error, Geometry, LayerId, LayerShape, LayerView, PRESETS, Plan, Planner,
+    PolicyConfig, Profile, Ragged, Reference, Result, Rows, preset, profiled, reference,
 };
 
 const DIM: u32 = 8;
@@ -320,4 +322,160 @@ fn reference_modes_truncate_as_published() {
     let error = reference(Reference::DefensiveKv, "snapkv").unwrap_err().to_string();
     assert!(error.contains("layer-defensivekv"), "{error}");
     assert!(model.plan(&config, Budget::Slots(7)).is_err());
+}
+
+/// Reconstruction scores of the first `tokens` of a model: the rest repeats them, in two passes.
+fn reconstructed(model: &Model, tokens: u32) -> Vec<Ragged<f32>> {
+    let (cpu, dim) = (Cpu::new(), DIM as usize);
+    let mut scores = Reconstruction::new(&cpu, &model.geometry(), tokens).unwrap();
+    let all = model.tokens as usize;
+    // Both passes run behind the context: keys of the context, then those of the pass.
+    for pass in [tokens as usize..all - 5, all - 5..all] {
+        let len = tokens + pass.len() as u32;
+        for (l, ((hq, h), [k, _, q, _])) in model.heads.iter().zip(&model.layers).enumerate() {
+            let rows = |data: &[f32], heads: u32, parts: &[std::ops::Range<usize>]| -> Vec<f32> {
+                let row = |h: usize, t: usize| &data[(h * all + t) * dim..][..dim];
+                let tokens = || parts.iter().flat_map(|part| part.clone());
+                (0..heads as usize)
+                    .flat_map(|h| tokens().flat_map(move |t| row(h, t)))
+                    .copied()
+                    .collect()
+            };
+            let k = rows(k, *h, &[0..tokens as usize, pass.clone()]);
+            let q = rows(q, *hq, std::slice::from_ref(&pass));
+            let shape = LayerShape::new(*hq, *h, DIM).unwrap();
+            let k = Rows::heads_first(HostSlice::F32(&k), *h, len, DIM).unwrap();
+            let q = Rows::heads_first(HostSlice::F32(&q), *hq, pass.len() as u32, DIM).unwrap();
+            let view = LayerView::new(shape, len, k, k).and_then(|view| view.with_queries(q));
+            scores.observe(&cpu, LayerId(l as u32), &view.unwrap()).unwrap();
+        }
+    }
+    scores.into_scores()
+}
+
+/// The largest probability that any query of any pass gives a slot, in f64 loops.
+#[test]
+fn reconstruction_is_the_most_attention_of_the_second_pass() {
+    let (model, tokens) = (Model::new(40, &[(4, 2), (3, 3)]), 25usize);
+    let scores = reconstructed(&model, tokens as u32);
+    let (all, dim) = (model.tokens as usize, DIM as usize);
+    for (((hq, h), [k, _, q, _]), scores) in model.heads.iter().zip(&model.layers).zip(&scores) {
+        let group = (hq / h) as usize;
+        let row = |x: &'_ [f32], h: usize, t: usize| -> Vec<f64> {
+            x[(h * all + t) * dim..][..dim].iter().map(|&x| f64::from(x)).collect()
+        };
+        for head in 0..*h as usize {
+            let mut want = vec![0f64; tokens];
+            for pass in [tokens..all - 5, all - 5..all] {
+                for (g, at) in (0..group).flat_map(|g| pass.clone().map(move |at| (g, at))) {
+                    let q = row(q, head * group + g, at);
+                    let seen: Vec<usize> = (0..tokens).chain(pass.start..at + 1).collect();
+                    let logit = |&t: &usize| {
+                        let dot: f64 = q.iter().zip(row(k, head, t)).map(|(a, b)| a * b).sum();
+                        (dot / f64::from(DIM).sqrt()).exp()
+                    };
+                    let sum: f64 = seen.iter().map(logit).sum();
+                    for (t, want) in want.iter_mut().enumerate() {
+                        *want = want.max(logit(&t) / sum);
+                    }
+                }
+            }
+            for (got, want) in scores.row(head).iter().zip(&want) {
+                assert!((f64::from(*got) - want).abs() < 1e-5, "{got} {want}");
+            }
+        }
+    }
+}
+
+/// Plans by scores that came from elsewhere; a profile made of them gives every head what they gave.
+#[test]
+fn a_profile_gives_heads_what_was_measured() {
+    let (model, tokens) = (Model::new(150, &[(4, 2), (4, 2)]), 100);
+    let scores = reconstructed(&model, tokens);
+    let (cpu, geometry) = (Cpu::new(), model.geometry());
+    let context = Model { tokens, ..Model::new(tokens, &[(4, 2), (4, 2)]) };
+    let config = preset("reconstruct").unwrap();
+    let policy = config.build::<Cpu>().unwrap();
+    assert!(policy.needs().second_pass);
+    let measured: Vec<Plan> = ["10%", "50%"]
+        .iter()
+        .map(|budget| {
+            let budget = budget.parse().unwrap();
+            let mut planner = Planner::new(&cpu, &policy, &geometry, budget, &[tokens]).unwrap();
+            // Without scores there is nothing to go by, and with those of another shape neither.
+            let refused = planner.push(&[context.view(0)]).unwrap_err();
+            assert!(matches!(refused, Error::Missing { method: "reconstruct", .. }), "{refused}");
+            let other = cpu.zeros(&[tokens, tokens - 1]).unwrap();
+            let refused = planner.push_scored(&[context.view(0)], other).unwrap_err();
+            assert!(matches!(refused, Error::Shape { got: 99, .. }), "{refused}");
+            for (l, scores) in scores.iter().enumerate() {
+                planner.push_scored(&[context.view(l)], scores.clone()).unwrap();
+            }
+            planner.finish().unwrap().remove(0)
+        })
+        .collect();
+    let shares = |plan: &Plan| -> Vec<usize> {
+        (0..2).flat_map(|l| plan.head_budgets(LayerId(l)).collect::<Vec<_>>()).collect()
+    };
+    assert_ne!(shares(&measured[0]), [10; 4], "heads differ");
+    let mut config = profiled(Profile::of_plans("random", &measured).unwrap());
+    config.set("window", "1").unwrap();
+    config.set("sinks", "0").unwrap();
+    for plan in &measured {
+        let got = context.plan(&config, plan.budget).unwrap();
+        assert_eq!(shares(&got), shares(plan), "{}", plan.budget);
+    }
+    let other = Model::new(100, &[(4, 2)]);
+    let refused = other.plan(&config, Budget::keep(1, 2).unwrap()).unwrap_err();
+    assert!(matches!(refused, Error::Shape { expected: 1, got: 2, .. }), "{refused}");
+}
+
+/// What a policy says it needs is what it asks of the views.
+#[test]
+fn needs_are_what_is_asked_for() {
+    let model = Model::new(60, &[(4, 2)]);
+    let bare = |needs: kvbudget::score::Needs| {
+        let view = model.view(0);
+        let (k, v, q) = (*view.k(), *view.v(), view.q("test").unwrap().storage());
+        let mut bare = LayerView::new(view.shape(), 60, k, v).unwrap();
+        let rows = match needs.queries {
+            Queries::None => 0,
+            Queries::Last(n) => n.min(60),
+            Queries::All => 60,
+        };
+        if rows > 0 {
+            // Not the last ones: which they are is the engine's to know.
+            let stride = 60 * DIM as usize;
+            let q = Rows::strided(q, 4, rows, DIM, stride, DIM as usize).unwrap();
+            bare = bare.with_queries(q).unwrap();
+        }
+        if needs.o_proj {
+            bare = bare.with_output_projection(*view.o_proj("test").unwrap()).unwrap();
+        }
+        bare
+    };
+    for name in PRESETS {
+        let policy = preset(name).unwrap().build::<Cpu>().unwrap();
+        let (cpu, geometry) = (Cpu::new(), model.geometry());
+        let half = Budget::keep(1, 2).unwrap();
+        let push = |needs| {
+            let mut planner = Planner::new(&cpu, &policy, &geometry, half, &[60u32]).unwrap();
+            planner.push(&[bare(needs)]).map(drop)
+        };
+        let needs = policy.needs();
+        push(needs).unwrap_or_else(|e| panic!("{name}: {e}"));
+        if needs.queries > Queries::None {
+            let fewer = match needs.queries {
+                Queries::Last(n) if n > 1 => Queries::Last(n - 1),
+                Queries::All => Queries::Last(59),
+                _ => Queries::None,
+            };
+            let needs = kvbudget::score::Needs { queries: fewer, ..needs };
+            assert!(push(needs).is_err(), "{name} can do with {fewer:?}");
+        }
+        if needs.o_proj {
+            let needs = kvbudget::score::Needs { o_proj: false, ..needs };
+            assert!(push(needs).is_err(), "{name} can do without o_proj");
+        }
+    }
 }

@@ -52,6 +52,9 @@ pub struct WindowAttention {
     pub row_pool: Option<u32>,
     /// Also score the slots inside the window. Otherwise they get 0, and pooling sees only the past.
     pub score_window: bool,
+    /// Slots less than this many positions before a query get nothing from it, though they are in its denominator.
+    /// Not together with `row_pool`.
+    pub gap: u32,
 }
 
 /// Smoothing over neighbouring slots.

@@ -76,6 +76,7 @@ fn observe<B: Backend>(
         over_group: Reduce::Max,
         row_pool: Some(scorer.kernel),
         score_window: false,
+        gap: 0,
     };
     let lens = segment_lens(layers);
     let (mut worst, mut mean, mut norms) =

@@ -74,6 +74,7 @@ impl<B: Backend> Scorer<B> for Defensive {
             over_group: Reduce::Max,
             row_pool: Some(self.kernel),
             score_window: false,
+            gap: 0,
         };
         let lens = segment_lens(layers);
         let mut worst = backend.zeros(&lens)?;

@@ -41,6 +41,7 @@ impl<B: Backend> Scorer<B> for H2o {
             over_group: Reduce::Mean,
             row_pool: None,
             score_window: true,
+            gap: 0,
         };
         let mut scores = backend.zeros(&segment_lens(layers))?;
         backend.window_attention(&attention, layers, &mut scores, None)?;

@@ -5,6 +5,7 @@ mod defensive;
 mod h2o;
 mod keys;
 mod lagkv;
+mod reach;
 mod reconstruct;
 mod snapkv;
 mod streaming;
@@ -13,6 +14,7 @@ pub use defensive::Defensive;
 pub use h2o::H2o;
 pub use keys::{KNorm, KeyDiff};
 pub use lagkv::LagKv;
+pub use reach::Reach;
 pub use reconstruct::{Reconstruct, Reconstruction};
 pub use snapkv::{SnapKv, Tova};
 pub use streaming::{Random, Streaming};
@@ -145,6 +147,8 @@ pub enum ScorerConfig {
     KeyDiff(KeyDiff),
     /// Variation against the next partition.
     LagKv(LagKv),
+    /// Long-range attention of all queries.
+    Reach(Reach),
     /// Attention of a second pass that repeats the context.
     Reconstruct(Reconstruct),
 }
@@ -162,6 +166,7 @@ macro_rules! each {
             ScorerConfig::KNorm($scorer) => $use,
             ScorerConfig::KeyDiff($scorer) => $use,
             ScorerConfig::LagKv($scorer) => $use,
+            ScorerConfig::Reach($scorer) => $use,
             ScorerConfig::Reconstruct($scorer) => $use,
         }
     };

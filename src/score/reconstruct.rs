@@ -81,6 +81,7 @@ impl<B: Backend> Reconstruction<B> {
             over_group: Reduce::Max,
             row_pool: None,
             score_window: false,
+            gap: 0,
         };
         let mut seen = backend.zeros(&super::segment_lens(std::slice::from_ref(view)))?;
         backend.window_attention(&attention, std::slice::from_ref(view), &mut seen, None)?;

@@ -63,6 +63,7 @@ impl<B: Backend> Scorer<B> for SnapKv {
             over_group: self.group,
             row_pool: None,
             score_window: false,
+            gap: 0,
         };
         let mut scores = backend.zeros(&segment_lens(layers))?;
         backend.window_attention(&attention, layers, &mut scores, None)?;
@@ -99,6 +100,7 @@ impl<B: Backend> Scorer<B> for Tova {
             over_group: Reduce::Mean,
             row_pool: None,
             score_window: false,
+            gap: 0,
         };
         let mut scores = backend.zeros(&segment_lens(layers))?;
         backend.window_attention(&attention, layers, &mut scores, None)?;

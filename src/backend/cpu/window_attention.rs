@@ -52,6 +52,12 @@ pub(super) fn run(
             got: kernel.to_string(),
         });
     }
+    if op.gap > 0 && op.row_pool.is_some() {
+        return Err(Error::Unsupported {
+            what: "window attention with a gap and pooled rows",
+            why: "the mass that a pooled row is scaled back to would depend on the gap",
+        });
+    }
     expect_segments(layers, out)?;
     if let Some(mean) = &mean {
         expect_segments(layers, mean)?;
@@ -128,6 +134,12 @@ impl<'a> Head<'a> {
     /// Slots visible to query row `w` of the window: the first ones.
     fn visible(&self, w: usize) -> usize {
         self.layer.slots_before(self.head, self.layer.tokens() - self.window + w as u32 + 1)
+    }
+
+    /// Slots that query row `w` of the window gives scores to: the first ones.
+    fn reached(&self, w: usize) -> usize {
+        let newest = self.layer.tokens() - self.window + w as u32 + 1;
+        self.layer.slots_before(self.head, newest.saturating_sub(self.op.gap))
     }
 
     /// Blocks of window tokens.
@@ -211,7 +223,7 @@ impl Tile<'_> {
             let rows = x.logits.chunks_exact_mut(slots.len());
             for (r, (row, stat)) in rows.zip(stats).enumerate() {
                 let (g, w) = (r / block.len(), block.start + r % block.len());
-                let seen = head.visible(w).clamp(slots.start, slots.end) - slots.start;
+                let seen = head.reached(w).clamp(slots.start, slots.end) - slots.start;
                 simd(
                     #[inline(always)]
                     || {

@@ -39,10 +39,15 @@ pub fn window_attention<F: Float>(op: &WindowAttention, head: &WindowHead<F>) ->
             let lse = head.lse.as_ref().map_or_else(|| log_sum_exp(&z), |lse| lse[g][at]);
             let mut row: Vec<F> =
                 z.iter().map(|z| z.map_or(F::zero(), |z| (z - lse).exp())).collect();
-            for t in 0..past {
+            for t in (0..past).filter(|&t| head.positions[t] + op.gap <= newest) {
                 mean[t] = mean[t] + row[t] / num(window * head.q.len());
             }
             row[scored..].fill(F::zero());
+            for t in 0..row.len() {
+                if head.positions[t] + op.gap > newest {
+                    row[t] = F::zero();
+                }
+            }
             if let Some(kernel) = op.row_pool {
                 let mass = sum(row[..scored].iter().copied());
                 pool(&Pool { kind: Pooling::Avg, kernel, lens: &[] }, &mut row[..scored]);

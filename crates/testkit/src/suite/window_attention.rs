@@ -18,6 +18,7 @@ const PLAIN: WindowAttention = WindowAttention {
     over_group: Reduce::Mean,
     row_pool: None,
     score_window: false,
+    gap: 0,
 };
 
 /// Every combination of reductions, row pooling (none, the identity, and kernels wider than a tiny past)
@@ -34,6 +35,7 @@ fn every_reduction(window: u32) -> Vec<WindowAttention> {
                     over_group,
                     row_pool,
                     score_window,
+                    gap: 0,
                 });
             }
         }
