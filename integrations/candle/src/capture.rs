@@ -6,7 +6,7 @@
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Tensor};
 
-use crate::attention::{AttentionHook, DenseAttention};
+use crate::attention::{AttentionHook, DenseAttention, Span};
 use crate::dump::Dump;
 use crate::llama::Llama;
 
@@ -43,14 +43,14 @@ impl<A: AttentionHook> AttentionHook for CaptureAttention<A> {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        position: usize,
+        spans: &[Span],
     ) -> candle_core::Result<Tensor> {
         if let Some(record) = self.records.iter_mut().find(|r| r.layer == layer) {
             record.q.push(q.clone());
             record.k.push(k.clone());
             record.v.push(v.clone());
         }
-        self.inner.attend(layer, q, k, v, position)
+        self.inner.attend(layer, q, k, v, spans)
     }
 }
 
@@ -121,7 +121,8 @@ pub fn capture_with<A: AttentionHook>(
     let ids = &ids[..options.tokens + options.next];
     let mut hook = CaptureAttention::new(inner, &options.layers);
     for (index, chunk) in ids.chunks(CHUNK).enumerate() {
-        model.forward(chunk, index * CHUNK, &mut hook)?;
+        let span = Span { position: (index * CHUNK) as u32, tokens: chunk.len() as u32 };
+        model.forward(chunk, &[span], &mut hook)?;
     }
 
     let mut dump = Dump::default();
@@ -148,9 +149,9 @@ pub fn capture_with<A: AttentionHook>(
 impl Record {
     fn write(&self, dump: &mut Dump, index: usize, options: &CaptureOptions) -> Result<()> {
         let &CaptureOptions { tokens, window, next, dtype, .. } = options;
-        let q = Tensor::cat(&self.q, 2)?.squeeze(0)?;
-        let k = Tensor::cat(&self.k, 2)?.squeeze(0)?;
-        let v = Tensor::cat(&self.v, 2)?.squeeze(0)?;
+        // The dump has heads first.
+        let heads_first = |parts: &[Tensor]| Tensor::cat(parts, 0)?.transpose(0, 1)?.contiguous();
+        let (q, k, v) = (heads_first(&self.q)?, heads_first(&self.k)?, heads_first(&self.v)?);
         for (name, tensor, start, length) in [
             ("k", &k, 0, tokens),
             ("v", &v, 0, tokens),

@@ -1,16 +1,30 @@
-//! A small llama on candle whose attention is a hook, and a capture tool built on it.
+//! KV-cache budgets for candle models: [`BudgetCache`] is the cache an engine adopts, [`AttentionHook`] the one
+//! place where a model must let it in.
 //!
-//! The model files of candle keep their keys, values and queries private, so a method that looks
-//! at them needs its own forward pass. This one is as small as it can be and calls an
-//! [`AttentionHook`] once per layer, after RoPE.
+//! The model files of candle keep their attention private, so a small llama is part of this crate: it calls
+//! the hook once per layer, after RoPE, and can read the keys, values and queries out as well ([`capture`]).
 
 pub mod attention;
+mod batch;
+pub mod cache;
 pub mod capture;
+pub mod compressing;
 pub mod dump;
+mod elementwise;
+pub mod host;
 pub mod llama;
+mod prefill;
+pub mod qwen3;
+mod rope;
+pub mod sequence;
+mod step;
 pub mod tokenizer;
 
-pub use attention::{AttentionHook, DenseAttention};
+pub use attention::{AttentionHook, DenseAttention, Span};
+pub use cache::BudgetCache;
 pub use capture::{CaptureAttention, CaptureOptions, capture};
+pub use compressing::Compressing;
 pub use dump::Dump;
 pub use llama::{Config, Llama};
+pub use qwen3::Qwen3;
+pub use sequence::SequenceCache;

@@ -6,11 +6,14 @@
 use std::io::{Read, Seek};
 
 use candle_core::quantized::gguf_file::{Content, Value};
-use candle_core::{Device, Result, Tensor, bail};
-use candle_nn::ops::{rms_norm, silu};
+use candle_core::{DType, Device, Error, Result, Tensor, bail};
+use candle_nn::ops::rms_norm;
 use candle_nn::rotary_emb::rope_i;
+use kvbudget::{Dtype, Geometry, LayerShape};
 
-use crate::attention::AttentionHook;
+use crate::attention::{AttentionHook, Span};
+use crate::elementwise::SwiGlu;
+use crate::rope::Rope;
 
 /// The shape of a model, read from GGUF metadata.
 #[derive(Debug, Clone, PartialEq)]
@@ -90,13 +93,12 @@ fn required<'a>(content: &'a Content, key: &str) -> Result<&'a Value> {
 
 struct Layer {
     attention_norm: Tensor,
-    q_proj: Tensor,
-    k_proj: Tensor,
-    v_proj: Tensor,
+    /// Query, key and value projections, one below the other.
+    qkv: Tensor,
     o_proj: Tensor,
     mlp_norm: Tensor,
-    gate: Tensor,
-    up: Tensor,
+    /// Gate and up projections, one below the other.
+    gate_up: Tensor,
     down: Tensor,
 }
 
@@ -107,6 +109,7 @@ pub struct Llama {
     layers: Vec<Layer>,
     output_norm: Tensor,
     output: Tensor,
+    rope: Rope,
 }
 
 impl Llama {
@@ -145,18 +148,34 @@ impl Llama {
             let mlp = gate_info.shape.dims().first().copied().unwrap_or(0);
             layers.push(Layer {
                 attention_norm: weight(&name("attn_norm"), &[hidden])?,
-                q_proj: weight(&name("attn_q"), &[q_rows, hidden])?,
-                k_proj: weight(&name("attn_k"), &[kv_rows, hidden])?,
-                v_proj: weight(&name("attn_v"), &[kv_rows, hidden])?,
+                qkv: Tensor::cat(
+                    &[
+                        weight(&name("attn_q"), &[q_rows, hidden])?,
+                        weight(&name("attn_k"), &[kv_rows, hidden])?,
+                        weight(&name("attn_v"), &[kv_rows, hidden])?,
+                    ],
+                    0,
+                )?,
                 o_proj: weight(&name("attn_output"), &[hidden, q_rows])?,
                 mlp_norm: weight(&name("ffn_norm"), &[hidden])?,
-                gate: weight(&name("ffn_gate"), &[mlp, hidden])?,
-                up: weight(&name("ffn_up"), &[mlp, hidden])?,
+                gate_up: Tensor::cat(
+                    &[
+                        weight(&name("ffn_gate"), &[mlp, hidden])?,
+                        weight(&name("ffn_up"), &[mlp, hidden])?,
+                    ],
+                    0,
+                )?,
                 down: weight(&name("ffn_down"), &[hidden, mlp])?,
             });
         }
         let output_norm = weight("output_norm.weight", &[hidden])?;
-        Ok(Self { config, embedding, layers, output_norm, output })
+        let rope = Rope::new(
+            config.head_dim,
+            config.rope_base,
+            config.context_length,
+            (DType::F32, &Device::Cpu),
+        )?;
+        Ok(Self { config, embedding, layers, output_norm, output, rope })
     }
 
     pub fn config(&self) -> &Config {
@@ -168,72 +187,61 @@ impl Llama {
         self.layers.get(layer).map(|layer| &layer.o_proj)
     }
 
-    /// Runs the tokens `ids`, the first of them at `position`, and returns their last hidden
-    /// states `[S, hidden]`, normalised and ready for [`Llama::logits`].
+    /// Heads, head dim and layers, as the cache counts them.
+    pub fn geometry(&self) -> Result<Geometry> {
+        let Config { layers, query_heads, kv_heads, head_dim, .. } = self.config;
+        let shape = LayerShape::new(query_heads as u32, kv_heads as u32, head_dim as u32);
+        let geometry = shape.and_then(|shape| Geometry::uniform(layers, shape, Dtype::F32));
+        geometry.map_err(Error::wrap)
+    }
+
+    /// The output projections `[hidden, Hq * D]` of all layers.
+    pub fn output_projections(&self) -> Vec<Tensor> {
+        self.layers.iter().map(|layer| layer.o_proj.clone()).collect()
+    }
+
+    /// Runs the tokens `ids` of all sequences, back to back as `spans` say, and returns their last hidden
+    /// states `[N, hidden]`, normalised and ready for [`Llama::logits`].
     ///
     /// The hook holds all state between calls; the model has none.
     pub fn forward(
         &self,
         ids: &[u32],
-        position: usize,
+        spans: &[Span],
         hook: &mut dyn AttentionHook,
     ) -> Result<Tensor> {
-        let Config { query_heads, kv_heads, head_dim, context_length, rms_eps, .. } = self.config;
+        let Config { query_heads, kv_heads, head_dim, rms_eps, .. } = self.config;
         let new = ids.len();
-        if new == 0 {
-            bail!("no tokens to run");
-        }
-        if position + new > context_length {
-            bail!("{} tokens exceed the model's context of {context_length}", position + new);
-        }
-        let heads = |x: Tensor, heads: usize| {
-            x.reshape((1, new, heads, head_dim))?.transpose(1, 2)?.contiguous()
-        };
-        let (cos, sin) = self.rope_tables(position, new)?;
+        let (cos, sin) = self.rope.at(new, spans)?;
 
         let mut x = self.embedding.embedding(&Tensor::new(ids, &Device::Cpu)?)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let normed = rms_norm(&x, &layer.attention_norm, rms_eps)?;
-            let q = heads(linear(&normed, &layer.q_proj)?, query_heads)?;
-            let k = heads(linear(&normed, &layer.k_proj)?, kv_heads)?;
-            let v = heads(linear(&normed, &layer.v_proj)?, kv_heads)?;
-            let q = rope_i(&q, &cos, &sin)?;
-            let k = rope_i(&k, &cos, &sin)?;
-            let attended = hook.attend(index, &q, &k, &v, position)?;
+            let heads = query_heads + 2 * kv_heads;
+            let qkv = linear(&normed, &layer.qkv)?.reshape((new, heads, head_dim))?;
+            // Each token is a batch entry of its own: positions need not be consecutive.
+            let qk = qkv.narrow(1, 0, query_heads + kv_heads)?.contiguous()?.unsqueeze(2)?;
+            let qk = rope_i(&qk, &cos, &sin)?.squeeze(2)?;
+            let q = qk.narrow(1, 0, query_heads)?;
+            let k = qk.narrow(1, query_heads, kv_heads)?;
+            let v = qkv.narrow(1, query_heads + kv_heads, kv_heads)?;
+            let attended = hook.attend(index, &q, &k, &v, spans)?;
             if attended.dims() != q.dims() {
                 bail!("hook returned {:?} for queries {:?}", attended.dims(), q.dims());
             }
-            let concat = attended.transpose(1, 2)?.reshape((new, query_heads * head_dim))?;
+            let concat = attended.reshape((new, query_heads * head_dim))?;
             x = (x + linear(&concat, &layer.o_proj)?)?;
 
             let normed = rms_norm(&x, &layer.mlp_norm, rms_eps)?;
-            let gated = (silu(&linear(&normed, &layer.gate)?)? * linear(&normed, &layer.up)?)?;
+            let gated = linear(&normed, &layer.gate_up)?.apply_op1_no_bwd(&SwiGlu)?;
             x = (x + linear(&gated, &layer.down)?)?;
         }
         rms_norm(&x, &self.output_norm, rms_eps)
     }
 
-    /// Logits `[S, vocabulary]` of hidden states `[S, hidden]`.
+    /// Logits `[N, vocabulary]` of hidden states `[N, hidden]`.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         linear(hidden, &self.output)
-    }
-
-    /// Cosines and sines `[S, D / 2]`, computed in f64 since f32 angles are off at far positions.
-    fn rope_tables(&self, position: usize, new: usize) -> Result<(Tensor, Tensor)> {
-        let half = self.config.head_dim / 2;
-        let angles: Vec<f64> = (position..position + new)
-            .flat_map(|position| {
-                (0..half).map(move |pair| {
-                    let exponent = pair as f64 / half as f64;
-                    position as f64 * self.config.rope_base.powf(-exponent)
-                })
-            })
-            .collect();
-        let table = |f: fn(f64) -> f64| {
-            let values: Vec<f32> = angles.iter().map(|&angle| f(angle) as f32).collect();
-            Tensor::from_vec(values, (new, half), &Device::Cpu)
-        };
-        Ok((table(f64::cos)?, table(f64::sin)?))
     }
 }
 

@@ -5,7 +5,7 @@ mod tiny_model;
 
 use candle_core::quantized::gguf_file::Value;
 use candle_core::{DType, Result};
-use kvbudget_candle::{DenseAttention, Llama};
+use kvbudget_candle::{DenseAttention, Llama, Span};
 use tiny_model::{
     HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, QUERY_HEADS, RMS_EPS, ROPE_BASE, Tiny, VOCABULARY, tiny_ids,
 };
@@ -19,7 +19,8 @@ fn logits(model: &Llama, ids: &[u32], chunk: usize) -> Result<Matrix> {
     let mut hook = DenseAttention::new(LAYERS);
     let mut rows = Vec::new();
     for (index, part) in ids.chunks(chunk).enumerate() {
-        let hidden = model.forward(part, index * chunk, &mut hook)?;
+        let span = Span::new((index * chunk) as u32, part.len() as u32);
+        let hidden = model.forward(part, &[span], &mut hook)?;
         rows.extend(model.logits(&hidden)?.to_dtype(DType::F64)?.to_vec2::<f64>()?);
     }
     Ok(rows)
@@ -62,17 +63,21 @@ fn decode_equals_prefill() -> Result<()> {
 fn wrong_position_is_refused() -> Result<()> {
     let model = Tiny::new()?.load()?;
     let mut hook = DenseAttention::new(LAYERS);
-    model.forward(&[1, 2, 3], 0, &mut hook)?;
-    assert!(model.forward(&[4], 2, &mut hook).is_err());
-    assert!(model.forward(&[4], 4, &mut hook).is_err());
-    assert!(model.forward(&[4], 3, &mut hook).is_ok());
+    model.forward(&[1, 2, 3], &[Span::new(0, 3)], &mut hook)?;
+    for (position, good) in [(2, false), (4, false), (3, true)] {
+        let run = model.forward(&[4], &[Span::new(position, 1)], &mut hook);
+        assert_eq!(run.is_ok(), good, "{position}");
+    }
     Ok(())
 }
 
 #[test]
 fn bad_tokens_are_refused() -> Result<()> {
     let model = Tiny::new()?.load()?;
-    let run = |ids: &[u32]| model.forward(ids, 0, &mut DenseAttention::new(LAYERS));
+    let run = |ids: &[u32]| {
+        let span = Span::new(0, ids.len() as u32);
+        model.forward(ids, &[span], &mut DenseAttention::new(LAYERS))
+    };
     assert!(run(&[]).is_err());
     assert!(run(&[VOCABULARY as u32]).is_err());
     assert!(run(&[0; 65]).is_err());
@@ -98,6 +103,33 @@ fn unsupported_models_are_refused() -> Result<()> {
         tiny.metadata.push((key.into(), value));
         assert!(tiny.load().is_err(), "{key}");
     }
+    Ok(())
+}
+
+#[test]
+fn load_errors_say_what_is_wrong() -> Result<()> {
+    let refused = |tiny: &Tiny, words: &[&str]| {
+        let error = tiny.load().err().expect("the model is bad").to_string();
+        words.iter().for_each(|word| assert!(error.contains(word), "{word}: {error}"));
+    };
+    for key in [
+        "general.architecture",
+        "llama.block_count",
+        "llama.embedding_length",
+        "llama.attention.head_count",
+        "llama.context_length",
+        "llama.attention.layer_norm_rms_epsilon",
+    ] {
+        let mut tiny = Tiny::new()?;
+        tiny.metadata.retain(|(other, _)| other != key);
+        refused(&tiny, &["GGUF metadata has no", key]);
+    }
+    let mut tiny = Tiny::new()?;
+    tiny.metadata[0].1 = Value::String("qwen2".into());
+    refused(&tiny, &["architecture is \"qwen2\"", "only \"llama\""]);
+    let mut tiny = Tiny::new()?;
+    tiny.weights.retain(|(name, _)| name != "blk.1.attn_k.weight");
+    refused(&tiny, &["blk.1.attn_k.weight"]);
     Ok(())
 }
 

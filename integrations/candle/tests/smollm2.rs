@@ -13,7 +13,9 @@ use candle_core::quantized::gguf_file::Content;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::ops::log_softmax;
 use kvbudget_candle::capture::capture_with;
-use kvbudget_candle::{CaptureOptions, DenseAttention, Llama, tokenizer};
+use kvbudget_candle::{
+    AttentionHook, BudgetCache, CaptureOptions, DenseAttention, Llama, Span, tokenizer,
+};
 use plain_attention::{RecordOutputs, worst_ratio};
 use tokenizers::Tokenizer;
 
@@ -23,6 +25,10 @@ const LOSS_LIMIT: f32 = 3.5;
 
 /// f32 sums in another order: 1e-4 seen, with logits up to 27.
 const DIFFERENCE_LIMIT: f32 = 1e-3;
+
+const CHAT: &str = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by \
+                    Hugging Face<|im_end|>\n<|im_start|>user\nWrite a short story about a lighthouse \
+                    keeper.<|im_end|>\n<|im_start|>assistant\n";
 
 const PROSE: &str = include_str!("../prose/alice-chapters-1-2.txt");
 
@@ -80,15 +86,58 @@ fn continuation_is_sensible_and_repeats() -> Result<()> {
 
 fn greedy(model: &Llama, prompt: &[u32], count: usize) -> Result<Vec<u32>> {
     let mut hook = DenseAttention::new(model.config().layers);
-    let mut hidden = model.forward(prompt, 0, &mut hook)?;
-    let mut continued = Vec::new();
-    for _ in 0..count {
+    let hidden = model.forward(prompt, &[Span::new(0, prompt.len() as u32)], &mut hook)?;
+    continued(model, &hidden, prompt.len(), count, &mut hook)
+}
+
+/// Greedy tokens after the last of `hidden`.
+fn continued(
+    model: &Llama,
+    hidden: &Tensor,
+    position: usize,
+    count: usize,
+    hook: &mut dyn AttentionHook,
+) -> Result<Vec<u32>> {
+    let mut hidden = hidden.clone();
+    let mut ids = Vec::new();
+    for position in position..position + count {
         let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?;
         let id = model.logits(&last)?.squeeze(0)?.argmax(0)?.to_scalar::<u32>()?;
-        hidden = model.forward(&[id], prompt.len() + continued.len(), &mut hook)?;
-        continued.push(id);
+        hidden = model.forward(&[id], &[Span::new(position as u32, 1)], hook)?;
+        ids.push(id);
     }
-    Ok(continued)
+    Ok(ids)
+}
+
+/// A budget of all slots changes no token, however the cache came to it.
+#[test]
+#[ignore = "needs KVBUDGET_SMOLLM2, see scripts/fetch-smollm2"]
+fn whole_budget_says_what_dense_attention_says() -> Result<()> {
+    let (model, tokenizer) = load()?;
+    let prompt = tokenizer::encode(&tokenizer, CHAT)?;
+    let span = [Span::new(0, prompt.len() as u32)];
+    let expected = greedy(&model, &prompt, 64)?;
+    let text = tokenizer.decode(&expected, true).map_err(anyhow::Error::msg)?;
+    eprintln!("{text}");
+    for cascade in [true, false] {
+        let (geometry, o_proj) = (model.geometry()?, model.output_projections());
+        let policy = kvbudget::preset("layer-defensivekv")?;
+        let mut cache = BudgetCache::new(geometry, o_proj, policy, "100%".parse()?)?;
+        cache.add_sequence()?;
+        let hidden = if cascade {
+            let mut compressing = cache.compressing();
+            let hidden = model.forward(&prompt, &span, &mut compressing)?;
+            compressing.finish()?;
+            hidden
+        } else {
+            let hidden = model.forward(&prompt, &span, &mut cache)?;
+            cache.compress()?;
+            hidden
+        };
+        let ids = continued(&model, &hidden, prompt.len(), 64, &mut cache)?;
+        assert_eq!(ids, expected, "cascade: {cascade}");
+    }
+    Ok(())
 }
 
 #[test]
@@ -98,7 +147,11 @@ fn prose_is_likely_and_decode_equals_prefill() -> Result<()> {
     let ids = tokenizer::encode(&tokenizer, PROSE)?;
     let ids = &ids[..256];
     let layers = model.config().layers;
-    let prefill = model.logits(&model.forward(ids, 0, &mut DenseAttention::new(layers))?)?;
+    let prefill = model.logits(&model.forward(
+        ids,
+        &[Span::new(0, ids.len() as u32)],
+        &mut DenseAttention::new(layers),
+    )?)?;
 
     let log_probabilities = log_softmax(&prefill, 1)?;
     let next = Tensor::new(&ids[1..], &Device::Cpu)?.unsqueeze(1)?;
@@ -110,7 +163,8 @@ fn prose_is_likely_and_decode_equals_prefill() -> Result<()> {
     let mut hook = DenseAttention::new(layers);
     let mut difference = 0.0f32;
     for (position, &id) in ids.iter().enumerate().take(64) {
-        let logits = model.logits(&model.forward(&[id], position, &mut hook)?)?;
+        let logits =
+            model.logits(&model.forward(&[id], &[Span::new(position as u32, 1)], &mut hook)?)?;
         let apart = (logits - prefill.narrow(0, position, 1)?)?.abs()?;
         difference = difference.max(apart.max_all()?.to_scalar()?);
     }

@@ -2,7 +2,7 @@
 //! from it.
 
 use candle_core::{DType, Result, Tensor};
-use kvbudget_candle::{AttentionHook, Dump};
+use kvbudget_candle::{AttentionHook, Dump, Span};
 
 /// Records what the hook inside it returns, per layer and in call order.
 pub struct RecordOutputs<A> {
@@ -17,7 +17,7 @@ impl<A> RecordOutputs<A> {
 
     /// All outputs of a layer, `[Hq, T + F, D]`.
     pub fn layer(&self, layer: usize) -> Result<Tensor> {
-        Tensor::cat(&self.outputs[layer], 2)?.squeeze(0)
+        Tensor::cat(&self.outputs[layer], 0)?.transpose(0, 1)
     }
 }
 
@@ -28,9 +28,9 @@ impl<A: AttentionHook> AttentionHook for &mut RecordOutputs<A> {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        position: usize,
+        spans: &[Span],
     ) -> Result<Tensor> {
-        let output = self.inner.attend(layer, q, k, v, position)?;
+        let output = self.inner.attend(layer, q, k, v, spans)?;
         self.outputs[layer].push(output.clone());
         Ok(output)
     }

@@ -1,4 +1,5 @@
 //! A tiny llama with random weights, as a GGUF file in memory: the loader is tested with it.
+#![allow(dead_code, reason = "each test uses a part of it")]
 
 use std::io::Cursor;
 

@@ -1,0 +1,87 @@
+//! The full cache of a context, and the compressed copies that variants get of it.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use kvbudget::Plan;
+use kvbudget::score::Queries;
+use kvbudget_candle::{BudgetCache, SequenceCache};
+
+use super::{Bench, CHUNK};
+use crate::record::Seconds;
+use crate::variant::Variant;
+
+/// A context as the model has read it.
+pub struct Dense<'b> {
+    bench: &'b Bench,
+    cache: BudgetCache,
+}
+
+/// A variant and its compressed copy.
+pub struct Compressed {
+    pub variant: Variant,
+    pub slots: u64,
+    pub sequence: SequenceCache,
+}
+
+impl<'b> Dense<'b> {
+    /// Keeps the queries that any of the variants asks for.
+    pub fn new(bench: &'b Bench, variants: impl Iterator<Item = &'b Variant>) -> Result<Self> {
+        let mut queries = Queries::None;
+        for variant in variants {
+            queries = queries.max(variant.build()?.0.needs().queries);
+        }
+        let mut cache = bench.cache()?.with_queries(queries);
+        cache.add_sequence()?;
+        Ok(Self { bench, cache })
+    }
+
+    pub fn tokens(&self) -> u32 {
+        self.cache.sequences()[0].tokens()
+    }
+
+    /// Goes on reading.
+    pub fn read(&mut self, ids: &[u32], seconds: &mut Seconds) -> Result<()> {
+        let start = Instant::now();
+        for chunk in ids.chunks(CHUNK) {
+            let spans = self.cache.spans(&[chunk.len() as u32]);
+            self.bench.model.forward(chunk, &spans, &mut self.cache)?;
+        }
+        seconds.prefill += start.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    pub fn plan(&self, variant: &Variant, seconds: &mut Seconds) -> Result<Plan> {
+        let start = Instant::now();
+        let (policy, budget) = variant.build()?;
+        let plan = self
+            .cache
+            .plan(0, &policy, budget)
+            .with_context(|| format!("{} at {}", variant.policy, variant.budget))?;
+        seconds.plan += start.elapsed().as_secs_f64();
+        Ok(plan)
+    }
+
+    /// What the plan keeps, with room for `slack` more tokens.
+    pub fn gather(
+        &self,
+        variant: &Variant,
+        plan: &Plan,
+        slack: usize,
+        seconds: &mut Seconds,
+    ) -> Result<Compressed> {
+        let start = Instant::now();
+        let sequence = self.cache.sequences()[0].gather(plan, slack as u32)?;
+        seconds.gather += start.elapsed().as_secs_f64();
+        Ok(Compressed { variant: variant.clone(), slots: plan.slots, sequence })
+    }
+}
+
+impl Bench {
+    /// A cache that is never compressed by itself: variants bring their own plans.
+    pub(super) fn cache(&self) -> Result<BudgetCache> {
+        let (policy, budget) = Variant::full().build()?;
+        let config = policy.config().clone();
+        Ok(BudgetCache::new(self.geometry.clone(), self.o_proj.clone(), config, budget)?)
+    }
+}

@@ -1,0 +1,206 @@
+//! The cache an engine adopts: sequences, the policy and the budget they are compressed by, and an attention
+//! hook that appends new tokens and attends over whatever is held.
+//!
+//! Compression happens between forward passes ([`BudgetCache::compress`], [`BudgetCache::recompress_if_due`]),
+//! or during the last one of a prompt ([`BudgetCache::compressing`]), never inside a decode step.
+
+use std::sync::Arc;
+
+use candle_core::{Error, Result, Tensor, bail};
+use kvbudget::backend::cpu::Cpu;
+use kvbudget::score::Queries;
+use kvbudget::{Budget, Geometry, Plan, Planner, Policy, PolicyConfig, Sequence, Trigger};
+
+use crate::attention::{AttentionHook, Span};
+use crate::batch::Batch;
+use crate::compressing::Compressing;
+use crate::sequence::SequenceCache;
+use crate::step::rows_of;
+
+/// What all sequences share.
+pub(crate) struct Settings {
+    pub(crate) geometry: Arc<Geometry>,
+    pub(crate) o_proj: Vec<Tensor>,
+    pub(crate) policy: Policy<Cpu>,
+    pub(crate) budget: Budget,
+    pub(crate) cpu: Cpu,
+}
+
+/// The caches of a batch of sequences, each on the same budget.
+pub struct BudgetCache {
+    settings: Settings,
+    batch: Batch,
+    queries: Queries,
+    trigger: Option<Trigger>,
+}
+
+impl BudgetCache {
+    /// No sequences yet. `o_proj`, `[hidden, Hq·D]` by layer, may be empty if the policy does not ask for it.
+    ///
+    /// Errors: a policy that cannot be built, or lacks its output projections.
+    pub fn new(
+        geometry: Geometry,
+        o_proj: Vec<Tensor>,
+        policy: PolicyConfig,
+        budget: Budget,
+    ) -> Result<Self> {
+        let policy = policy.build::<Cpu>().map_err(Error::wrap)?;
+        let needs = policy.needs();
+        let layers = geometry.layers().len();
+        if o_proj.len() != layers && (needs.o_proj || !o_proj.is_empty()) {
+            bail!(
+                "policy {:?} on {layers} layers: expected as many output projections, got {}",
+                policy.config().name,
+                o_proj.len()
+            );
+        }
+        let geometry = Arc::new(geometry);
+        let settings = Settings { geometry, o_proj, policy, budget, cpu: Cpu::new() };
+        Ok(Self { settings, batch: Batch::default(), queries: needs.queries, trigger: None })
+    }
+
+    /// Keeps these queries of sequences that are added later, where the policy alone would keep fewer: for
+    /// [`plan`](Self::plan) with other policies.
+    pub fn with_queries(mut self, queries: Queries) -> Self {
+        self.queries = self.queries.max(queries);
+        self
+    }
+
+    /// When [`recompress_if_due`](Self::recompress_if_due) compresses.
+    pub fn with_trigger(mut self, trigger: Trigger) -> Self {
+        self.trigger = Some(trigger);
+        self
+    }
+
+    /// Starts an empty sequence; returns its index, which is that of its span.
+    pub fn add_sequence(&mut self) -> Result<usize> {
+        let sequence = SequenceCache::new(self.settings.geometry.clone(), self.queries)?;
+        Ok(self.push_sequence(sequence))
+    }
+
+    /// Adopts a sequence that was filled elsewhere; returns its index.
+    pub fn push_sequence(&mut self, sequence: SequenceCache) -> usize {
+        self.batch.sequences.push(sequence);
+        self.batch.note_peak(0);
+        self.batch.sequences.len() - 1
+    }
+
+    /// Hands a sequence out; later ones move up by one.
+    ///
+    /// Errors: no such sequence.
+    pub fn remove_sequence(&mut self, index: usize) -> Result<SequenceCache> {
+        self.check_index(index)?;
+        Ok(self.batch.sequences.remove(index))
+    }
+
+    /// The sequences, in the order of their spans.
+    pub fn sequences(&self) -> &[SequenceCache] {
+        &self.batch.sequences
+    }
+
+    /// The spans of a forward pass in which sequence `i` gets `tokens[i]` new tokens.
+    pub fn spans(&self, tokens: &[u32]) -> Vec<Span> {
+        let positions = self.batch.sequences.iter().map(SequenceCache::tokens);
+        positions.zip(tokens).map(|(position, &tokens)| Span { position, tokens }).collect()
+    }
+
+    /// The most bytes that the caches have reserved at once, copies made while compacting included. Tensors that
+    /// the engine passes in are the engine's.
+    pub fn peak_bytes(&self) -> u64 {
+        self.batch.peak
+    }
+
+    /// Makes room for so many more tokens of a sequence, so that appending them moves nothing.
+    pub fn reserve(&mut self, sequence: usize, tokens: u32) -> Result<()> {
+        self.check_index(sequence)?;
+        let layers = 0..self.settings.geometry.layers().len();
+        layers.into_iter().try_for_each(|layer| self.batch.reserve(sequence, layer, tokens))
+    }
+
+    /// Compresses every sequence to the budget: after its prompt, or whenever the engine likes. One plan for each;
+    /// that of an empty sequence keeps nothing.
+    pub fn compress(&mut self) -> Result<Vec<Plan>> {
+        (0..self.batch.sequences.len()).map(|i| self.compress_sequence(i)).collect()
+    }
+
+    /// Compresses one sequence to the budget.
+    pub fn compress_sequence(&mut self, sequence: usize) -> Result<Plan> {
+        let plan = self.plan(sequence, &self.settings.policy, self.settings.budget)?;
+        for (layer, kept) in plan.layers.iter().enumerate() {
+            let replaced =
+                self.batch.sequences[sequence].evict(layer, kept).map_err(Error::wrap)?;
+            self.batch.note_peak(replaced);
+        }
+        self.batch.sequences[sequence].compressed();
+        Ok(plan)
+    }
+
+    /// Compresses the sequences whose trigger is due; returns their indices and plans. Call it between steps.
+    pub fn recompress_if_due(&mut self) -> Result<Vec<(usize, Plan)>> {
+        let Some(trigger) = self.trigger else {
+            return Ok(Vec::new());
+        };
+        let due: Vec<usize> = (0..self.batch.sequences.len())
+            .filter(|&i| {
+                let sequence = &self.batch.sequences[i];
+                trigger.due(sequence.tokens_since_compression(), sequence.slots())
+            })
+            .collect();
+        due.into_iter().map(|i| Ok((i, self.compress_sequence(i)?))).collect()
+    }
+
+    /// A hook for the forward pass that ends a prompt: each layer is compressed as soon as it has attended.
+    pub fn compressing(&mut self) -> Compressing<'_> {
+        Compressing::new(&self.settings, &mut self.batch)
+    }
+
+    /// What a policy would keep of a sequence; nothing changes.
+    pub fn plan(&self, sequence: usize, policy: &Policy<Cpu>, budget: Budget) -> Result<Plan> {
+        self.check_index(sequence)?;
+        let sequence = &self.batch.sequences[sequence];
+        let held = sequence.held();
+        let described = Sequence { tokens: sequence.tokens(), held: held.as_deref() };
+        let mut planner =
+            Planner::new(&self.settings.cpu, policy, &self.settings.geometry, budget, &[described])
+                .map_err(Error::wrap)?;
+        for layer in 0..self.settings.geometry.layers().len() {
+            let o_proj = self.settings.o_proj.get(layer);
+            sequence.with_view(layer, o_proj, |view| planner.push(&[*view]).map(drop))?;
+        }
+        let mut plans = planner.finish().map_err(Error::wrap)?;
+        plans.pop().ok_or_else(|| Error::msg("expected a plan of one sequence, got none"))
+    }
+
+    fn check_index(&self, sequence: usize) -> Result<()> {
+        match sequence < self.batch.sequences.len() {
+            true => Ok(()),
+            false => bail!("there is no sequence {sequence} among {}", self.batch.sequences.len()),
+        }
+    }
+}
+
+impl AttentionHook for BudgetCache {
+    fn attend(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        spans: &[Span],
+    ) -> Result<Tensor> {
+        let step = self.batch.step(&self.settings.geometry, layer, [q, k, v], spans)?;
+        // Room first: what can fail fails before anything is written.
+        for (sequence, span) in spans.iter().enumerate() {
+            self.batch.reserve(sequence, layer, span.tokens)?;
+        }
+        let active = || rows_of(spans).enumerate().filter(|(_, rows)| !rows.is_empty());
+        let loan = step.lend()?;
+        for (sequence, rows) in active() {
+            self.batch.sequences[sequence].remember(layer, &step.queries(&rows)?)?;
+            self.batch.append(sequence, layer, &loan, &rows)?;
+        }
+        let views =
+            active().map(|(sequence, rows)| self.batch.attend_view(sequence, layer, &loan, &rows));
+        step.attend(&self.settings.cpu, &views.collect::<Result<Vec<_>>>()?)
+    }
+}
