@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 use crate::policy::{PolicyConfig, TwoStage};
 use crate::profile::Profile;
 use crate::score::{
-    Defensive, H2o, KNorm, KeyDiff, LagKv, Random, Reconstruct, ScorerConfig, SnapKv, Streaming,
-    Tova,
+    Defensive, H2o, KNorm, KeyDiff, LagKv, Random, Reach, Reconstruct, ScorerConfig, SnapKv,
+    Streaming, Tova,
 };
 use crate::select::Protect;
 
@@ -32,6 +32,7 @@ pub const PRESETS: &[&str] = &[
     "keydiff",
     "lagkv",
     "h2o",
+    "reach",
     "random",
 ];
 
@@ -81,12 +82,7 @@ pub fn preset(name: &str) -> Result<PolicyConfig> {
             protect: Protect { recent_share: Fraction::new(1, 2)?, ..recent(1) },
             ..plain(ScorerConfig::H2o(H2o {}))
         },
-        "reach" => PolicyConfig {
-            protect: Protect { sinks: 4, ..recent(window) },
-            heads: self::ada(0, 1),
-            layers: Layers::Global,
-            ..plain(ScorerConfig::Reach(crate::score::Reach::default()))
-        },
+        "reach" => PolicyConfig::default(),
         "reconstruct" => PolicyConfig {
             protect: Protect { sinks: 4, ..recent(1) },
             heads: self::ada(0, 1),
@@ -104,14 +100,21 @@ pub fn preset(name: &str) -> Result<PolicyConfig> {
     })
 }
 
-/// Shares as measured, and inside each head what is worth most in the worst case (DefensiveKV's score).
+/// `reach` with shares as measured in the place of the contest by score.
 pub fn profiled(profile: Profile) -> PolicyConfig {
-    let scorer = Defensive { threshold: 0.0, ..Defensive::default() };
-    PolicyConfig {
-        protect: Protect { sinks: 4, recent: scorer.window, ..Protect::default() },
-        heads: Heads::Profile { profile },
-        layers: Layers::Global,
-        ..PolicyConfig::new("profiled", ScorerConfig::Defensive(scorer))
+    let name = "profiled".to_owned();
+    PolicyConfig { name, heads: Heads::Profile { profile }, ..PolicyConfig::default() }
+}
+
+/// What to use where nothing is known of the model: `reach`. Where its profile is known, [`profiled`].
+impl Default for PolicyConfig {
+    fn default() -> Self {
+        PolicyConfig {
+            protect: Protect { sinks: 4, recent: 8, ..Protect::default() },
+            heads: ada(0, 1),
+            layers: Layers::Global,
+            ..PolicyConfig::new("reach", ScorerConfig::Reach(Reach::default()))
+        }
     }
 }
 

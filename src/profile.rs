@@ -118,6 +118,16 @@ impl Profile {
         &self.curve
     }
 
+    /// Shares of all heads, layer after layer, if these are the heads that were measured.
+    pub(crate) fn shares_of(&self, heads: &[usize], keep: f64) -> Result<Vec<f32>> {
+        let shares = self.shares(keep);
+        expect("layers of the profile", heads.len(), shares.len())?;
+        for (&heads, shares) in heads.iter().zip(&shares) {
+            expect("heads of a layer of the profile", heads, shares.len())?;
+        }
+        Ok(shares.into_iter().flatten().map(|share| share as f32).collect())
+    }
+
     /// Shares `[layer][head]` at a budget of the fraction `keep`.
     pub fn shares(&self, keep: f64) -> Vec<Vec<f64>> {
         let keep = keep.clamp(0.0, 1.0);

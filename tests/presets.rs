@@ -419,8 +419,10 @@ fn a_profile_gives_heads_what_was_measured() {
     };
     assert_ne!(shares(&measured[0]), [10; 4], "heads differ");
     let mut config = profiled(Profile::of_plans("random", &measured).unwrap());
-    config.set("window", "1").unwrap();
-    config.set("sinks", "0").unwrap();
+    // Nothing comes first but the last token.
+    for (key, value) in [("threshold", "0"), ("recent", "1"), ("sinks", "0")] {
+        config.set(key, value).unwrap();
+    }
     for plan in &measured {
         let got = context.plan(&config, plan.budget).unwrap();
         assert_eq!(shares(&got), shares(plan), "{}", plan.budget);
@@ -433,19 +435,20 @@ fn a_profile_gives_heads_what_was_measured() {
 /// What a policy says it needs is what it asks of the views.
 #[test]
 fn needs_are_what_is_asked_for() {
-    let model = Model::new(60, &[(4, 2)]);
+    let tokens = 300; // More than any window.
+    let model = Model::new(tokens, &[(4, 2)]);
     let bare = |needs: kvbudget::score::Needs| {
         let view = model.view(0);
         let (k, v, q) = (*view.k(), *view.v(), view.q("test").unwrap().storage());
-        let mut bare = LayerView::new(view.shape(), 60, k, v).unwrap();
+        let mut bare = LayerView::new(view.shape(), tokens, k, v).unwrap();
         let rows = match needs.queries {
             Queries::None => 0,
-            Queries::Last(n) => n.min(60),
-            Queries::All => 60,
+            Queries::Last(n) => n,
+            Queries::All => tokens,
         };
         if rows > 0 {
             // Not the last ones: which they are is the engine's to know.
-            let stride = 60 * DIM as usize;
+            let stride = (tokens * DIM) as usize;
             let q = Rows::strided(q, 4, rows, DIM, stride, DIM as usize).unwrap();
             bare = bare.with_queries(q).unwrap();
         }
@@ -459,7 +462,7 @@ fn needs_are_what_is_asked_for() {
         let (cpu, geometry) = (Cpu::new(), model.geometry());
         let half = Budget::keep(1, 2).unwrap();
         let push = |needs| {
-            let mut planner = Planner::new(&cpu, &policy, &geometry, half, &[60u32]).unwrap();
+            let mut planner = Planner::new(&cpu, &policy, &geometry, half, &[tokens]).unwrap();
             planner.push(&[bare(needs)]).map(drop)
         };
         let needs = policy.needs();
@@ -467,7 +470,7 @@ fn needs_are_what_is_asked_for() {
         if needs.queries > Queries::None {
             let fewer = match needs.queries {
                 Queries::Last(n) if n > 1 => Queries::Last(n - 1),
-                Queries::All => Queries::Last(59),
+                Queries::All => Queries::Last(tokens - 1),
                 _ => Queries::None,
             };
             let needs = kvbudget::score::Needs { queries: fewer, ..needs };

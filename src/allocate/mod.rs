@@ -33,8 +33,6 @@ pub struct Demand<'a> {
     pub lens: &'a [u64],
     /// Protected in each segment.
     pub protected: &'a [u64],
-    /// Tokens of the sequence, in the same unit: what a head would hold had it never been compressed.
-    pub tokens: u64,
     /// To be kept in all; at most the sum of `lens`.
     pub budget: u64,
 }
@@ -88,7 +86,9 @@ pub enum Heads {
         /// The weights, `[layer][head]`.
         heads: Vec<Vec<f64>>,
     },
-    /// In proportion to what a model's heads were measured to need at this budget.
+    /// In proportion to what a model's heads were measured to need at this budget, but for slots that come first
+    /// whatever their scores (what is protected, a scorer's first set). A contest: the planner puts places in the
+    /// stead of scores.
     Profile {
         /// The measurement.
         profile: Profile,
@@ -131,6 +131,9 @@ pub fn allocate(layers: &Layers, heads: &Heads, demand: &Demand<'_>) -> Result<V
             (Heads::Ada { alpha, form: AdaForm::Floor }, _) => {
                 Ok(vec![contested(demand, &all, demand.budget, *alpha, None)?])
             }
+            (Heads::Profile { .. }, _) => {
+                Ok(vec![contested(demand, &all, demand.budget, Fraction::ZERO, None)?])
+            }
             (_, Some(weights)) => {
                 let weights = weights_from("heads", &weights.concat())?;
                 fixed(demand, &all, demand.budget, |i| weights[i])
@@ -155,7 +158,10 @@ pub fn allocate(layers: &Layers, heads: &Heads, demand: &Demand<'_>) -> Result<V
                 shares.push(contested(demand, segments, budget, Fraction::ZERO, Some(*alpha))?);
             }
             Heads::Uniform => shares.extend(fixed(demand, segments, budget, |_| 1)?),
-            Heads::Weights { .. } | Heads::Profile { .. } => {
+            Heads::Profile { .. } => {
+                shares.push(contested(demand, segments, budget, Fraction::ZERO, None)?);
+            }
+            Heads::Weights { .. } => {
                 let weights = weights.as_ref().map_or(&[][..], |w| w[l].as_slice());
                 let weights = weights_from("heads", weights)?;
                 shares.extend(fixed(demand, segments, budget, |i| weights[i])?);
@@ -168,23 +174,18 @@ pub fn allocate(layers: &Layers, heads: &Heads, demand: &Demand<'_>) -> Result<V
 /// Weights of all heads, `[layer][head]`, where there are such.
 fn head_weights(heads: &Heads, demand: &Demand<'_>) -> Result<Option<Vec<Vec<f64>>>> {
     let weights = match heads {
-        Heads::Uniform | Heads::Ada { .. } => return Ok(None),
-        Heads::Weights { heads } => heads.clone(),
-        Heads::Profile { profile } => {
-            // Of the tokens seen: what a head holds after an earlier compression says nothing of its needs.
-            let full = demand.tokens * demand.lens.len() as u64;
-            profile.shares(demand.budget as f64 / full.max(1) as f64)
-        }
+        Heads::Uniform | Heads::Ada { .. } | Heads::Profile { .. } => return Ok(None),
+        Heads::Weights { heads } => heads,
     };
     let expect = |what, expected: usize, got: usize| match expected == got {
         true => Ok(()),
         false => Err(Error::Shape { what, expected: expected as u64, got: got as u64 }),
     };
     expect("layers with head weights", demand.heads.len(), weights.len())?;
-    for (&count, weights) in demand.heads.iter().zip(&weights) {
+    for (&count, weights) in demand.heads.iter().zip(weights) {
         expect("head weights of a layer", count, weights.len())?;
     }
-    Ok(Some(weights))
+    Ok(Some(weights.clone()))
 }
 
 /// Less than what is protected: shares in proportion to it, one slot each first where there are enough.

@@ -114,6 +114,15 @@ pub trait Backend: Send + Sync {
     fn mass_count(&self, threshold: f32, caps: &[u32], mass: &Self::Floats) -> Result<Vec<u32>>;
     /// Sets `rows` to +∞ where `by` has its `counts[s]` best entries (order of [`TopK`]).
     fn pin_top(&self, counts: &[u32], by: &Self::Floats, rows: &mut Self::Floats) -> Result<()>;
+    /// Replaces scores by places: the `n`-th slot of a row in the order of [`TopK`], protected ones first, gets
+    /// `weights[s] / n`. A contest of such rows shares out in proportion to the weights (the method of highest
+    /// averages). +∞ and NaN stay what they are.
+    fn rank(
+        &self,
+        protected: &Ragged<Range<u32>>,
+        weights: &[f32],
+        rows: &mut Self::Floats,
+    ) -> Result<()>;
     /// Replaces the rows of each view by their sum over its heads, which must have equal lengths.
     fn share_heads(&self, heads: &[usize], rows: &mut Self::Floats) -> Result<()>;
     /// Mean over each unit of consecutive slots.

@@ -162,6 +162,10 @@ impl<'a, B: Backend> Planner<'a, B> {
             let counts = self.first_counts(l, &first.counts);
             self.backend.pin_top(&counts, &first.by, &mut scores)?;
         }
+        if self.sequences.iter().any(|s| s.profile.is_some()) {
+            let (protected, weights) = self.places(l);
+            self.backend.rank(&protected, &weights, &mut scores)?;
+        }
         self.store(scores, weighted);
         self.settle(l)
     }
@@ -266,6 +270,18 @@ impl<'a, B: Backend> Planner<'a, B> {
             *rows = self.backend.coarsen(&units.collect(), rows)?;
         }
         Ok(())
+    }
+
+    /// What comes first in each of a layer's segments, and the share that the profile has for it.
+    fn places(&self, l: usize) -> (Ragged<Range<u32>>, Vec<f32>) {
+        let segments = self.firsts[l]..self.firsts[l + 1];
+        let of = |state: &State| -> Vec<(Vec<Range<u32>>, f32)> {
+            let shares = state.profile.as_deref().unwrap_or(&[]);
+            let share = |s: usize| shares.get(s).copied().unwrap_or(0.0);
+            segments.clone().map(|s| (state.segments[s].protected.clone(), share(s))).collect()
+        };
+        let (protected, shares): (Vec<_>, Vec<_>) = self.sequences.iter().flat_map(of).unzip();
+        (protected.into_iter().collect(), shares)
     }
 
     /// First sets in units, and equal for heads that must keep the same.

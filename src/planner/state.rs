@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::allocate::{Demand, Share, allocate};
+use crate::allocate::{Demand, Heads, Share, allocate};
 use crate::backend::Backend;
 use crate::budget::Budget;
 use crate::error::{Error, Result};
@@ -97,6 +97,8 @@ pub(super) struct State {
     pub(super) segments: Vec<Segment>,
     pub(super) shares: Vec<Share>,
     pub(super) report: Report,
+    /// Shares of the segments as a profile has them.
+    pub(super) profile: Option<Vec<f32>>,
 }
 
 impl State {
@@ -146,20 +148,22 @@ impl State {
             in_units(slots, config.align.unit, &segments, &protect, tokens).min(whole)
         };
         let heads: Vec<usize> = geometry.layers().iter().map(|s| s.kv_heads()).collect();
-        let demand = Demand {
-            heads: &heads,
-            lens: &lens,
-            protected: &protected,
-            tokens: u64::from(tokens.div_ceil(config.align.unit)),
-            budget: in_units,
-        };
+        let demand = Demand { heads: &heads, lens: &lens, protected: &protected, budget: in_units };
         let shares = allocate(&config.layers, &config.heads, &demand)?;
         let mut report = Report { budget_slots, available_slots: available, ..Report::default() };
         if config.reference.is_none() {
             report.protection_cut = protect_segments(&mut segments, &shares, &protect, tokens);
         }
         let recent = protect.recent;
-        Ok(Self { tokens, recent, slots_per_head, segments, shares, report })
+        let profile = match &config.heads {
+            // Of the tokens seen: what a head holds after an earlier compression says nothing of its needs.
+            Heads::Profile { profile } => {
+                let full = geometry.slots(tokens.into()).max(1);
+                Some(profile.shares_of(&heads, slots as f64 / full as f64)?)
+            }
+            _ => None,
+        };
+        Ok(Self { tokens, recent, slots_per_head, segments, shares, report, profile })
     }
 }
 

@@ -265,6 +265,7 @@ impl Backend for Tampered {
         in_place weigh(epsilon: f32, scores: &Ragged<f32>) -> Result<()>;
         in_place raise(by: &Ragged<f32>) -> Result<()>;
         in_place pin_top(counts: &[u32], by: &Ragged<f32>) -> Result<()>;
+        in_place rank(protected: &Ragged<Range<u32>>, weights: &[f32]) -> Result<()>;
         in_place share_heads(heads: &[usize]) -> Result<()>;
     }
 

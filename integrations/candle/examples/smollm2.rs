@@ -16,7 +16,8 @@ use candle_core::Tensor;
 use candle_core::quantized::gguf_file::Content;
 use clap::{ArgGroup, Parser, ValueEnum};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
-use kvbudget::{Budget, PolicyConfig, Trigger, preset};
+use kvbudget::{Budget, PolicyConfig, Trigger, preset, profiled};
+use kvbudget_candle::profiles::default_policy;
 use kvbudget_candle::{AttentionHook, BudgetCache, DenseAttention, Llama, Span, tokenizer};
 use tokenizers::Tokenizer;
 
@@ -40,9 +41,12 @@ struct Args {
     /// Read one turn per line from standard input
     #[arg(long, group = "input")]
     chat: bool,
-    /// Which slots stay: a preset's name
-    #[arg(long, default_value = "ada-snapkv")]
+    /// Which slots stay: a preset's name, or what suits the model best
+    #[arg(long, default_value = "default")]
     policy: String,
+    /// A profile of the model's heads (`fidelity calibrate`) in the place of the one that ships
+    #[arg(long)]
+    profile: Option<PathBuf>,
     /// A parameter of the policy, such as window=16; may be repeated
     #[arg(long, value_name = "KEY=VALUE", value_parser = parse_setting)]
     set: Vec<(String, String)>,
@@ -86,8 +90,8 @@ fn main() -> Result<()> {
         ),
         (None, None) => None,
     };
-    let policy = policy(&args)?;
-    let (model, tokenizer) = load(&args.model)?;
+    let (model, tokenizer, name) = load(&args.model)?;
+    let policy = policy(&args, &name)?;
     let cache = match args.dense {
         true => Cache::Dense(DenseAttention::new(model.config().layers)),
         false => {
@@ -96,7 +100,7 @@ fn main() -> Result<()> {
             let mut cache =
                 BudgetCache::new(geometry, o_proj, policy, args.budget)?.with_trigger(trigger);
             cache.add_sequence()?;
-            Cache::Budget(cache)
+            Cache::Budget(Box::new(cache))
         }
     };
     let Some(stop) = tokenizer.token_to_id(END) else {
@@ -122,15 +126,30 @@ fn main() -> Result<()> {
     }
 }
 
-fn policy(args: &Args) -> Result<PolicyConfig> {
-    let mut policy = preset(&args.policy)?;
+fn policy(args: &Args, model: &str) -> Result<PolicyConfig> {
+    let mut policy = match (&args.profile, args.policy.as_str()) {
+        (Some(path), "default") => {
+            let named = || path.display().to_string();
+            profiled(
+                serde_json::from_reader(File::open(path).with_context(named)?)
+                    .with_context(named)?,
+            )
+        }
+        (Some(_), policy) => bail!("a profile serves the default policy, not {policy:?}"),
+        (None, "default") => default_policy(model)?,
+        (None, "reconstruct") => {
+            bail!("reconstruct needs a second pass, which this example does not make")
+        }
+        (None, name) => preset(name)?,
+    };
     for (key, value) in &args.set {
         policy.set(key, value)?;
     }
     Ok(policy)
 }
 
-fn load(path: &Path) -> Result<(Llama, Tokenizer)> {
+/// The model, its tokenizer and its name.
+fn load(path: &Path) -> Result<(Llama, Tokenizer, String)> {
     let spinner = ProgressBar::new_spinner().with_message("loading the model");
     spinner.enable_steady_tick(Duration::from_millis(100));
     let mut file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
@@ -139,14 +158,16 @@ fn load(path: &Path) -> Result<(Llama, Tokenizer)> {
     let model = Llama::load(&content, &mut file)
         .with_context(|| format!("cannot load {}", path.display()))?;
     let tokenizer = tokenizer::from_gguf(&content)?;
+    let name = content.metadata.get("general.name").and_then(|name| name.to_string().ok());
+    let name = name.cloned().unwrap_or_default();
     spinner.finish_and_clear();
-    Ok((model, tokenizer))
+    Ok((model, tokenizer, name))
 }
 
 /// The one sequence of this session, on either kind of attention.
 enum Cache {
     Dense(DenseAttention),
-    Budget(BudgetCache),
+    Budget(Box<BudgetCache>),
 }
 
 struct Session {
@@ -220,7 +241,9 @@ impl Session {
         };
         let hidden = match &mut self.cache {
             Cache::Dense(dense) => run(dense)?,
-            Cache::Budget(cache) if self.tokens + span.tokens < self.args.from => run(cache)?,
+            Cache::Budget(cache) if self.tokens + span.tokens < self.args.from => {
+                run(cache.as_mut())?
+            }
             Cache::Budget(cache) if self.args.compress == When::Cascade => {
                 let mut compressing = cache.compressing();
                 let hidden = run(&mut compressing)?;
@@ -228,7 +251,7 @@ impl Session {
                 hidden
             }
             Cache::Budget(cache) => {
-                let hidden = run(cache)?;
+                let hidden = run(cache.as_mut())?;
                 cache.compress()?;
                 hidden
             }
@@ -247,7 +270,7 @@ impl Session {
     fn decode(&mut self, token: u32) -> Result<u32> {
         let hook: &mut dyn AttentionHook = match &mut self.cache {
             Cache::Dense(dense) => dense,
-            Cache::Budget(cache) => cache,
+            Cache::Budget(cache) => cache.as_mut(),
         };
         let hidden = self.model.forward(&[token], &[Span::new(self.tokens, 1)], hook)?;
         self.pending.clear();

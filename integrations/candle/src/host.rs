@@ -33,7 +33,10 @@ impl<'t> Lent<'t> {
 
     /// Some tokens of a `[N, H, D]` tensor.
     pub fn tokens(&self, range: Range<usize>) -> Result<Rows<'_, HostSlice<'_>>> {
-        let (_, heads, dim) = self.layout.shape().dims3()?;
+        let (tokens, heads, dim) = self.layout.shape().dims3()?;
+        if range.start > range.end || range.end > tokens {
+            bail!("expected a range of {tokens} tokens, got {range:?}");
+        }
         let stride = self.layout.stride();
         let storage = self.elements(range.start * stride[0])?;
         let (heads, dim) = (heads as u32, dim as u32);

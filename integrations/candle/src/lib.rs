@@ -2,7 +2,7 @@
 //! place where a model must let it in.
 //!
 //! The model files of candle keep their attention private, so a small llama is part of this crate: it calls
-//! the hook once per layer, after RoPE, and can read the keys, values and queries out as well ([`capture`]).
+//! the hook once per layer, after RoPE, and can read the keys, values and queries out as well ([`mod@capture`]).
 
 pub mod attention;
 mod batch;
@@ -14,7 +14,9 @@ mod elementwise;
 pub mod host;
 pub mod llama;
 mod prefill;
+pub mod profiles;
 pub mod qwen3;
+pub mod reconstruct;
 mod rope;
 pub mod sequence;
 mod step;

@@ -89,8 +89,7 @@ impl AttentionHook for Repeating<'_> {
         let (attended, observed) = {
             let held: Ragged<_> = cache.positions().iter().cloned().collect();
             let view = cache.view(shape).map_err(Error::wrap)?;
-            let mut behind =
-                FlatCache::gather(&view, &held, span.tokens).map_err(Error::wrap)?;
+            let mut behind = FlatCache::gather(&view, &held, span.tokens).map_err(Error::wrap)?;
             let (k, v) = (loan.k.tokens(rows.clone())?, loan.v.tokens(rows.clone())?);
             behind.append(&k, &v).map_err(Error::wrap)?;
             let q = loan.q.tokens(rows)?;

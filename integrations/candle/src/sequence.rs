@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Error, Result, Tensor};
+use candle_core::{DType, Device, Error, Result, Tensor, bail};
 use kvbudget::backend::cpu::{HostLayer, HostSlice};
 use kvbudget::cache::FlatCache;
 use kvbudget::score::Queries;
@@ -95,12 +95,17 @@ impl SequenceCache {
     }
 
     /// Lends a layer with all that a scorer may ask for. A dense sequence is lent without positions.
+    ///
+    /// Errors: no such layer, an output projection of another shape, and those of `look`.
     pub fn with_view<R>(
         &self,
         layer: usize,
         o_proj: Option<&Tensor>,
         look: impl FnOnce(&HostLayer<'_>) -> kvbudget::Result<R>,
     ) -> Result<R> {
+        if layer >= self.layers.len() {
+            bail!("expected a layer below {}, got {layer}", self.layers.len());
+        }
         let view = self.view(layer, self.is_dense()).map_err(Error::wrap)?;
         self.observed(layer, view, o_proj, look)
     }

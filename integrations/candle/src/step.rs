@@ -47,6 +47,9 @@ impl Step {
     /// Errors: shapes other than `shape` and the spans say.
     pub(crate) fn new(shape: LayerShape, [q, k, v]: [&Tensor; 3], spans: &[Span]) -> Result<Self> {
         let tokens: usize = spans.iter().map(|s| s.tokens as usize).sum();
+        if tokens == 0 {
+            bail!("{} spans without tokens", spans.len());
+        }
         let (query_heads, kv_heads) = (shape.query_heads(), shape.kv_heads());
         for (name, tensor, heads) in [("q", q, query_heads), ("k", k, kv_heads), ("v", v, kv_heads)]
         {

@@ -162,6 +162,14 @@ impl Backend for Cpu {
     fn pin_top(&self, counts: &[u32], by: &Ragged<f32>, rows: &mut Ragged<f32>) -> Result<()> {
         self.run(|| top_k::pin_top(counts, by, rows))
     }
+    fn rank(
+        &self,
+        protected: &Ragged<Range<u32>>,
+        weights: &[f32],
+        rows: &mut Ragged<f32>,
+    ) -> Result<()> {
+        self.run(|| rows::rank(protected, weights, rows))
+    }
     fn share_heads(&self, heads: &[usize], rows: &mut Ragged<f32>) -> Result<()> {
         rows::share_heads(heads, rows)
     }

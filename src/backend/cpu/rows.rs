@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use rayon::prelude::*;
+
 use super::HostLayer;
 use crate::backend::ops::NormScale;
 use crate::error::{Error, Result};
@@ -125,6 +127,43 @@ pub(super) fn raise(by: &Ragged<f32>, rows: &mut Ragged<f32>) -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+pub(super) fn rank(
+    protected: &Ragged<Range<u32>>,
+    weights: &[f32],
+    rows: &mut Ragged<f32>,
+) -> Result<()> {
+    expect_rows("protected slots of the rows", rows.rows(), protected.rows())?;
+    expect_rows("weights of the rows", rows.rows(), weights.len())?;
+    for (row, protected) in rows.iter().zip(protected.iter()) {
+        let end = protected.iter().map(|r| r.end).max().unwrap_or(0);
+        expect_within("protected slots of a segment", row.len(), end as usize)?;
+    }
+    let rows = rows.rows_mut().into_par_iter().enumerate();
+    rows.for_each(|(s, row)| {
+        let mut first = vec![false; row.len()];
+        for range in protected.row(s) {
+            first[range.start as usize..range.end as usize].fill(true);
+        }
+        // Descending with NaN last and `-0` as `+0`; equal scores keep the order of their slots.
+        let key = |slot: u32| {
+            let x = row[slot as usize];
+            (first[slot as usize], !x.is_nan(), if x.is_nan() { 0.0 } else { x + 0.0 })
+        };
+        let mut order: Vec<u32> = (0..row.len() as u32).collect();
+        order.sort_by(|&a, &b| {
+            let (a, b) = (key(a), key(b));
+            (b.0, b.1).cmp(&(a.0, a.1)).then(b.2.total_cmp(&a.2))
+        });
+        for (n, slot) in (1u32..).zip(order) {
+            let x = &mut row[slot as usize];
+            if !x.is_nan() && *x != f32::INFINITY {
+                *x = weights[s] / n as f32;
+            }
+        }
+    });
     Ok(())
 }
 

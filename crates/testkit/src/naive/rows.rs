@@ -52,6 +52,28 @@ pub fn raise<F: Float>(by: &[F], row: &mut [F]) {
     }
 }
 
+/// `weight / place`, places counted from 1 by how many slots come first.
+pub fn rank<F: Float>(protected: &[Range<u32>], weight: f32, row: &mut [F]) {
+    let scores = row.to_vec();
+    let first = |t: usize| protected.iter().any(|r| r.contains(&(t as u32)));
+    let beats = |a: usize, b: usize| {
+        if first(a) != first(b) {
+            return first(a);
+        }
+        let (x, y) = (scores[a], scores[b]);
+        match (x.is_nan(), y.is_nan()) {
+            (false, false) => x > y || (x == y && a < b),
+            (x, y) => !x || (y && a < b),
+        }
+    };
+    for t in 0..row.len() {
+        if !scores[t].is_nan() && scores[t] != F::infinity() {
+            let place = 1 + (0..row.len()).filter(|&s| s != t && beats(s, t)).count();
+            row[t] = num::<F>(weight) / num(place);
+        }
+    }
+}
+
 /// One row: the sum of all.
 pub fn share_heads<F: Float>(rows: &[Vec<F>]) -> Vec<F> {
     (0..rows[0].len()).map(|t| sum(rows.iter().map(|row| row[t]))).collect()

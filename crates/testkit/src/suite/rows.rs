@@ -152,6 +152,29 @@ pub fn raises<D: TestDevice>(device: &D) {
     }
 }
 
+/// Places by protection, then score, ties by slot, NaN last; what is pinned stays.
+pub fn ranks<D: TestDevice>(device: &D) {
+    type Ranges = Ragged<Range<u32>>;
+    fn ranked<F: Float>(protected: &Ranges, weights: &[f32], rows: &[Vec<f32>]) -> Matrix<F> {
+        let mut rows = cast(rows);
+        for (s, row) in rows.iter_mut().enumerate() {
+            naive::rank(protected.row(s), weights[s], row);
+        }
+        rows
+    }
+    let some = |n: u32| vec![0..n.min(2), n - n / 4..n];
+    let none: Ranges = LENGTHS.iter().map(|_| Vec::new()).collect();
+    let some: Ranges = LENGTHS.iter().map(|&n| if n < 3 { vec![] } else { some(n) }).collect();
+    let weights: Vec<f32> = (0..LENGTHS.len()).map(|s| (s % 4) as f32 * 10.5).collect();
+    for (kind, protected) in Scores::ALL.into_iter().flat_map(|k| [(k, &none), (k, &some)]) {
+        let rows = rows_of(kind);
+        let got = changed(device, &rows, |b, rows| b.rank(protected, &weights, rows));
+        let want = ranked(protected, &weights, &rows);
+        let baseline = ranked(protected, &weights, &rows);
+        Expected { want, baseline }.check(&(kind, protected.total()), got, Scale::Element);
+    }
+}
+
 /// Sums over the heads of each view.
 pub fn shared_heads<D: TestDevice>(device: &D) {
     fn shared<F: Float>(heads: &[usize], rows: &[Vec<f32>]) -> Matrix<F> {
@@ -219,6 +242,7 @@ pub fn errors<D: TestDevice>(device: &D) {
     fails(&"short scores", changed(device, &rows, |b, rows| b.weigh(0.0, &short, rows)));
     fails(&"few scores", changed(device, &rows, |b, rows| b.weigh(0.0, &few, rows)));
     fails(&"short raises", changed(device, &rows, |b, rows| b.raise(&short, rows)));
+    fails(&"few places", changed(device, &rows, |b, rows| b.rank(&Ragged::default(), &[], rows)));
     fails(&"few raises", changed(device, &rows, |b, rows| b.raise(&few, rows)));
     fails(&"unequal heads", changed(device, &rows, |b, rows| b.share_heads(&[2], rows)));
     fails(&"missing heads", changed(device, &rows, |b, rows| b.share_heads(&[1], rows)));

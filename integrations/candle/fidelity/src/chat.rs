@@ -17,5 +17,10 @@ pub fn answer(prefix: &str) -> String {
     format!("<|im_end|>\n<|im_start|>assistant\n{prefix}")
 }
 
+/// Asks for the context again (the wording is KVzip's).
+pub fn repeat() -> String {
+    format!("\n\nRepeat the previous context exactly.{}", answer(""))
+}
+
 /// What ends an answer.
 pub const END: &str = "<|im_end|>";

@@ -4,9 +4,10 @@
 //! processes and [`store`] keeps what they find, [`report`] draws conclusions.
 
 pub mod bootstrap;
+pub mod calibration;
 mod chat;
 pub mod measure;
-mod prose;
+pub mod prose;
 pub mod record;
 pub mod report;
 pub mod run;

@@ -1,6 +1,7 @@
 //! `fidelity`: run the sweep, report on it, measure speed.
 
 use std::collections::BTreeSet;
+use std::fs::{self, File};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -8,13 +9,13 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
-use kvbudget::PRESETS;
+use kvbudget::{PRESETS, Profile};
 use kvbudget_fidelity::measure::Bench;
 use kvbudget_fidelity::record::{Item, Mode};
 use kvbudget_fidelity::speed::{self, Schedule};
 use kvbudget_fidelity::tasks::Task;
 use kvbudget_fidelity::variant::Variant;
-use kvbudget_fidelity::{report, run, store, worker};
+use kvbudget_fidelity::{calibration, prose, report, run, store, worker};
 
 /// Measure what KV-cache policies and budgets cost on a real model.
 #[derive(Parser)]
@@ -29,6 +30,7 @@ enum Command {
     Run(RunArgs),
     Report(ReportArgs),
     Speed(SpeedArgs),
+    Calibrate(CalibrateArgs),
     /// Measure orders from standard input: what `run` starts.
     #[command(hide = true)]
     Worker {
@@ -53,7 +55,7 @@ struct RunArgs {
     )]
     tasks: Vec<Task>,
     /// Seeds as a range.
-    #[arg(long, default_value = "0..40", value_parser = parse_range)]
+    #[arg(long, default_value = "0..24", value_parser = parse_range)]
     seeds: Range<u64>,
     /// Half of the seeds: even ones to develop on, odd ones to test on.
     #[arg(long, default_value = "all")]
@@ -120,11 +122,35 @@ struct SpeedArgs {
     rounds: usize,
 }
 
+/// Measure the profile of a model: which share of a context each of its heads should keep.
+#[derive(clap::Args)]
+struct CalibrateArgs {
+    /// GGUF file of a llama model with SmolLM2's chat template.
+    #[arg(long, env = "KVBUDGET_SMOLLM2")]
+    model: PathBuf,
+    /// Where the profile goes.
+    #[arg(long)]
+    out: PathBuf,
+    /// Texts to measure on; three of other kinds than the tasks' by default.
+    #[arg(long, value_delimiter = ',')]
+    texts: Vec<PathBuf>,
+    /// Tokens of a passage.
+    #[arg(long, default_value_t = 1024)]
+    length: usize,
+    /// Passages out of each text.
+    #[arg(long, default_value_t = 2)]
+    each: usize,
+    /// Profiles to compare with: what part of the budget they place elsewhere.
+    #[arg(long, value_delimiter = ',')]
+    compare: Vec<PathBuf>,
+}
+
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => sweep(args),
         Command::Report(args) => report::write(&args.folder, &args.baseline),
         Command::Speed(args) => speed(&args),
+        Command::Calibrate(args) => calibrate(&args),
         Command::Worker { model } => {
             worker::serve(&model, std::io::stdin().lock(), std::io::stdout().lock())
         }
@@ -162,6 +188,32 @@ fn sweep(mut args: RunArgs) -> Result<()> {
     }
     if args.quick {
         report::write(&args.out, "snapkv")?;
+    }
+    Ok(())
+}
+
+fn calibrate(args: &CalibrateArgs) -> Result<()> {
+    let bench = Bench::load(&args.model)?;
+    let named: Vec<String> = args
+        .texts
+        .iter()
+        .map(|path| fs::read_to_string(path).with_context(|| path.display().to_string()))
+        .collect::<Result<_>>()?;
+    let texts: Vec<&str> = match named.is_empty() {
+        true => prose::CALIBRATION.to_vec(),
+        false => named.iter().map(String::as_str).collect(),
+    };
+    let start = Instant::now();
+    let passages = calibration::passages(&bench, &texts, args.length, args.each)?;
+    let profile = calibration::write(&bench, passages, &args.out)?;
+    println!("{} in {:.0} s", args.out.display(), start.elapsed().as_secs_f64());
+    for path in &args.compare {
+        let named = || path.display().to_string();
+        let file = File::open(path).with_context(named)?;
+        let other: Profile = serde_json::from_reader(file).with_context(named)?;
+        let parts = [0.05, 0.1, 0.2, 0.4]
+            .map(|keep| format!("{:.1} %", 100.0 * calibration::distance(&profile, &other, keep)));
+        println!("{}: placed elsewhere at 5, 10, 20, 40 %: {}", path.display(), parts.join(", "));
     }
     Ok(())
 }

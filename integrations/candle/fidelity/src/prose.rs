@@ -2,6 +2,13 @@
 
 const ALICE: &str = include_str!("../prose/alice.txt");
 
+/// What profiles are measured on: a play, verse, a law. None of it is in [`half`].
+pub const CALIBRATION: [&str; 3] = [
+    include_str!("../prose/as-you-like-it.txt"),
+    include_str!("../prose/paradise-lost.txt"),
+    include_str!("../prose/constitution.txt"),
+];
+
 /// The half that belongs to a seed: even seeds read the first, odd ones the second. Cut between chapters.
 pub fn half(seed: u64) -> &'static str {
     let (first, second) = ALICE.split_at(ALICE.find("CHAPTER VII.").unwrap_or(ALICE.len() / 2));

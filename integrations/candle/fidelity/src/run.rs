@@ -70,7 +70,10 @@ fn feed(shared: &Shared<'_>) -> Result<()> {
     };
     let mut records = BufReader::new(records);
     let mut result = Ok(());
-    while let Some(order) = locked(&shared.orders)?.pop_front() {
+    loop {
+        // On a line of its own: a lock taken in the loop's head would be held while the worker works.
+        let next = locked(&shared.orders)?.pop_front();
+        let Some(order) = next else { break };
         result = exchange(shared, &order, &mut orders, &mut records);
         if result.is_err() {
             // The other workers finish what they have and stop.

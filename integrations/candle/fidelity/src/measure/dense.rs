@@ -3,8 +3,9 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use kvbudget::Plan;
 use kvbudget::score::Queries;
+use kvbudget::{Plan, Ragged};
+use kvbudget_candle::reconstruct::{plan_scored, reconstruct};
 use kvbudget_candle::{BudgetCache, SequenceCache};
 
 use super::{Bench, CHUNK};
@@ -15,6 +16,11 @@ use crate::variant::Variant;
 pub struct Dense<'b> {
     bench: &'b Bench,
     cache: BudgetCache,
+    /// What it has read.
+    ids: Vec<u32>,
+    /// Whether any variant wants the scores of a second pass.
+    second_pass: bool,
+    scores: Vec<Ragged<f32>>,
 }
 
 /// A variant and its compressed copy.
@@ -27,25 +33,39 @@ pub struct Compressed {
 impl<'b> Dense<'b> {
     /// Keeps the queries that any of the variants asks for.
     pub fn new(bench: &'b Bench, variants: impl Iterator<Item = &'b Variant>) -> Result<Self> {
-        let mut queries = Queries::None;
+        let (mut queries, mut second_pass) = (Queries::None, false);
         for variant in variants {
-            queries = queries.max(variant.build()?.0.needs().queries);
+            let needs = variant.build()?.0.needs();
+            queries = queries.max(needs.queries);
+            second_pass |= needs.second_pass;
         }
         let mut cache = bench.cache()?.with_queries(queries);
         cache.add_sequence()?;
-        Ok(Self { bench, cache })
+        Ok(Self { bench, cache, ids: Vec::new(), second_pass, scores: Vec::new() })
     }
 
     pub fn tokens(&self) -> u32 {
         self.cache.sequences()[0].tokens()
     }
 
-    /// Goes on reading.
+    /// Goes on reading, and repeats all of it but the template's start if a variant wants that.
     pub fn read(&mut self, ids: &[u32], seconds: &mut Seconds) -> Result<()> {
         let start = Instant::now();
         for chunk in ids.chunks(CHUNK) {
             let spans = self.cache.spans(&[chunk.len() as u32]);
             self.bench.model.forward(chunk, &spans, &mut self.cache)?;
+        }
+        self.ids.extend(ids);
+        if self.second_pass {
+            let prefix = self.bench.template.len();
+            let from = if self.ids.starts_with(&self.bench.template) { prefix } else { 0 };
+            let model = &self.bench.model;
+            self.scores = reconstruct(
+                &self.cache.sequences()[0],
+                &self.bench.instruction,
+                &self.ids[from..],
+                &mut |ids, spans, hook| model.forward(ids, spans, hook).map(drop),
+            )?;
         }
         seconds.prefill += start.elapsed().as_secs_f64();
         Ok(())
@@ -54,10 +74,11 @@ impl<'b> Dense<'b> {
     pub fn plan(&self, variant: &Variant, seconds: &mut Seconds) -> Result<Plan> {
         let start = Instant::now();
         let (policy, budget) = variant.build()?;
-        let plan = self
-            .cache
-            .plan(0, &policy, budget)
-            .with_context(|| format!("{} at {}", variant.policy, variant.budget))?;
+        let plan = match policy.needs().second_pass {
+            true => plan_scored(&self.cache.sequences()[0], &policy, budget, &self.scores),
+            false => self.cache.plan(0, &policy, budget),
+        };
+        let plan = plan.with_context(|| format!("{} at {}", variant.policy, variant.budget))?;
         seconds.plan += start.elapsed().as_secs_f64();
         Ok(plan)
     }
@@ -79,7 +100,7 @@ impl<'b> Dense<'b> {
 
 impl Bench {
     /// A cache that is never compressed by itself: variants bring their own plans.
-    pub(super) fn cache(&self) -> Result<BudgetCache> {
+    pub(crate) fn cache(&self) -> Result<BudgetCache> {
         let (policy, budget) = Variant::full().build()?;
         let config = policy.config().clone();
         Ok(BudgetCache::new(self.geometry.clone(), self.o_proj.clone(), config, budget)?)

@@ -26,12 +26,17 @@ const CHUNK: usize = 512;
 
 /// The model and what it reads.
 pub struct Bench {
+    name: String,
     model: Llama,
     geometry: Geometry,
     o_proj: Vec<Tensor>,
     tokenizer: Tokenizer,
     /// What ends an answer.
     end: Option<u32>,
+    /// What precedes a context.
+    template: Vec<u32>,
+    /// What asks for a repetition of it.
+    instruction: Vec<u32>,
     /// For even and odd seeds.
     haystacks: [Haystack; 2],
     books: [Vec<u32>; 2],
@@ -44,15 +49,19 @@ impl Bench {
         let content = Content::read(&mut file).with_context(named)?;
         let tokenizer = tokenizer::from_gguf(&content)?;
         let model = Llama::load(&content, &mut file).with_context(named)?;
+        let name = content.metadata.get("general.name").and_then(|name| name.to_string().ok());
         let haystack = |seed| {
             let tokenizer = tokenizer.clone();
             Haystack::new(seed, move |text| Ok(tokenizer::encode(&tokenizer, text)?.len()))
         };
         let book = |seed| tokenizer::encode(&tokenizer, prose::half(seed));
         Ok(Self {
+            name: name.cloned().unwrap_or_default(),
             geometry: model.geometry()?,
             o_proj: model.output_projections(),
             end: tokenizer.token_to_id(chat::END),
+            template: tokenizer::encode(&tokenizer, &chat::context(""))?,
+            instruction: tokenizer::encode(&tokenizer, &chat::repeat())?,
             haystacks: [haystack(0)?, haystack(1)?],
             books: [book(0)?, book(1)?],
             tokenizer,
@@ -92,7 +101,22 @@ impl Bench {
         })
     }
 
-    fn encode(&self, text: &str) -> Result<Vec<u32>> {
+    /// The model's name in its metadata.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Tokens that precede a context.
+    pub fn template(&self) -> &[u32] {
+        &self.template
+    }
+
+    /// Tokens that ask for a repetition.
+    pub fn instruction(&self) -> &[u32] {
+        &self.instruction
+    }
+
+    pub(crate) fn encode(&self, text: &str) -> Result<Vec<u32>> {
         tokenizer::encode(&self.tokenizer, text)
     }
 
