@@ -45,9 +45,9 @@ pub fn weigh<F: Float>(epsilon: f32, norms: &[F], row: &mut [F]) {
 
 /// The larger of the two, NaN if either is.
 pub fn raise<F: Float>(by: &[F], row: &mut [F]) {
-    for t in 0..row.len() {
-        if row[t] == row[t] && !(by[t] <= row[t]) {
-            row[t] = by[t];
+    for (x, &by) in row.iter_mut().zip(by) {
+        if !x.is_nan() && (by.is_nan() || by > *x) {
+            *x = by;
         }
     }
 }

@@ -43,9 +43,9 @@ pub fn window_attention<F: Float>(op: &WindowAttention, head: &WindowHead<F>) ->
                 mean[t] = mean[t] + row[t] / num(window * head.q.len());
             }
             row[scored..].fill(F::zero());
-            for t in 0..row.len() {
-                if head.positions[t] + op.gap > newest {
-                    row[t] = F::zero();
+            for (x, &position) in row.iter_mut().zip(&head.positions) {
+                if position + op.gap > newest {
+                    *x = F::zero();
                 }
             }
             if let Some(kernel) = op.row_pool {

@@ -142,6 +142,27 @@ pub fn log_sum_exps<D: TestDevice>(device: &D) {
     }
 }
 
+/// A query reaches the slots at least so far before it: all, all but itself, some, none; also where positions have holes.
+pub fn gaps<D: TestDevice>(device: &D) {
+    let queries = 40;
+    let cases = [(Reduce::Mean, true), (Reduce::Max, true), (Reduce::Max, false)];
+    for layer in batch(&Spec { queries, ..Spec::default() }) {
+        for (gap, (over, score_window)) in
+            [0, 1, 7, 39, 64, 1000].into_iter().flat_map(|gap| cases.map(|case| (gap, case)))
+        {
+            let op = WindowAttention {
+                window: queries.min(layer.tokens),
+                over_window: over,
+                over_group: over,
+                score_window,
+                gap,
+                ..PLAIN
+            };
+            check(device, layer.tokens, &op, std::slice::from_ref(&layer));
+        }
+    }
+}
+
 /// One-hot, uniform and directionless attention.
 pub fn keys<D: TestDevice>(device: &D) {
     for keys in [Keys::Peaky, Keys::Equal, Keys::Zero] {
@@ -216,6 +237,8 @@ pub fn errors<D: TestDevice>(device: &D) {
     };
     fails(&"no queries", run(&layers(0), PLAIN));
     fails(&"too few queries", run(&layers(7), PLAIN));
+    let pooled = WindowAttention { gap: 1, row_pool: Some(3), ..PLAIN };
+    fails(&"gap and pooled rows", run(&layers(8), pooled));
     fails(&"even kernel", run(&layers(8), WindowAttention { row_pool: Some(4), ..PLAIN }));
 
     for lens in [&[40][..], &[40, 39], &[40, 41], &[40, 40, 40]] {
