@@ -58,7 +58,7 @@ pub fn config(spec: &str) -> Result<PolicyConfig> {
     let mut config = match name.split_once('@') {
         Some(("profiled", path)) => {
             let file = File::open(path).with_context(|| format!("cannot open {path}"))?;
-            profiled(serde_json::from_reader(file).with_context(|| format!("{path}"))?)
+            profiled(serde_json::from_reader(file).with_context(|| path.to_owned())?)
         }
         _ if name == "profiled" => {
             profiled(profile(MODEL)?.context("no profile ships for this model")?)
