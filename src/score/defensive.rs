@@ -14,10 +14,10 @@
 //!   layer. Within a layer the latter changes nothing.
 //! * Cost: SnapKV's two passes and one output projection over the cache, `2·Hq·T·D·hidden` flops.
 
-use super::{FirstSet, Needs, Queries, ScoreContext, Scored, Scorer, past_lens, segment_lens};
+use super::{FirstSet, Needs, Queries, ScoreContext, Scored, Scorer, check_threshold, past_lens, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::{NormScale, Reduce, WindowAttention};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::parameters::parameters;
 use crate::view::LayerView;
 
@@ -61,13 +61,7 @@ impl<B: Backend> Scorer<B> for Defensive {
         context: &ScoreContext<'_>,
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>> {
-        if !(0.0..=1.0).contains(&self.threshold) {
-            return Err(Error::Parameter {
-                name: "threshold",
-                expected: "a number from 0 to 1",
-                got: self.threshold.to_string(),
-            });
-        }
+        check_threshold(self.threshold)?;
         let attention = WindowAttention {
             window: self.window,
             over_window: Reduce::Max,

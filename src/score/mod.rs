@@ -21,7 +21,7 @@ pub use streaming::{Random, Streaming};
 
 use crate::backend::Backend;
 use crate::backend::ops::{NormScale, Pooling, Reduce};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ids::LayerId;
 use crate::parameters::{Parameters, named};
 use crate::view::LayerView;
@@ -100,6 +100,18 @@ pub trait Scorer<B: Backend>: Send + Sync {
         context: &ScoreContext<'_>,
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>>;
+}
+
+/// A mass to be reached is a probability.
+fn check_threshold(threshold: f32) -> Result<()> {
+    if (0.0..=1.0).contains(&threshold) {
+        return Ok(());
+    }
+    Err(Error::Parameter {
+        name: "threshold",
+        expected: "a number from 0 to 1",
+        got: threshold.to_string(),
+    })
 }
 
 /// Lengths of all segments of the views.

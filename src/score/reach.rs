@@ -8,7 +8,7 @@
 //! `ν[t] = mean_g ‖v_t · W_o‖₁`.
 //!
 //! * Source: this crate. From DefensiveKV (Alg. 1 and 2) come the maximum, the prior, the value norm and the first
-//!   set. What differs, each by measurement (`integrations/candle/fidelity`):
+//!   set. What differs was chosen on few development samples of `integrations/candle/fidelity`'s tasks:
 //!   - hundreds of queries instead of a window of 32. The prior, a head's mean, says how far back a head
 //!     looks, and 32 queries say it badly. With budgets contested over all layers, or a profile, it is what
 //!     heads that retrieve live on;
@@ -18,10 +18,10 @@
 //! * A larger budget affords more of the present: hence the `(1 - r)²`. `threshold` trades what comes next (prose goes on as before) against what may be asked for (retrieval).
 //! * Cost: SnapKV's with `W = queries + near`, and one output projection over the cache.
 
-use super::{FirstSet, Needs, Queries, ScoreContext, Scored, Scorer, segment_lens};
+use super::{FirstSet, Needs, Queries, ScoreContext, Scored, Scorer, check_threshold, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::{NormScale, Pool, Pooling, Reduce, WindowAttention};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::parameters::parameters;
 use crate::view::LayerView;
 
@@ -80,13 +80,7 @@ impl<B: Backend> Scorer<B> for Reach {
         context: &ScoreContext<'_>,
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>> {
-        if !(0.0..=1.0).contains(&self.threshold) {
-            return Err(Error::Parameter {
-                name: "threshold",
-                expected: "a number from 0 to 1",
-                got: self.threshold.to_string(),
-            });
-        }
+        check_threshold(self.threshold)?;
         let lens = segment_lens(layers);
         let attention = |window, reduce, gap| WindowAttention {
             window,
