@@ -85,24 +85,18 @@ impl AttentionHook for Repeating<'_> {
         let loan = step.lend()?;
         let rows = 0..span.tokens as usize;
         // A copy of this layer with the new tokens behind it.
-        let scores = &mut self.scores;
-        let (attended, observed) = {
-            let held: Ragged<_> = cache.positions().iter().cloned().collect();
-            let view = cache.view(shape).map_err(Error::wrap)?;
-            let mut behind = FlatCache::gather(&view, &held, span.tokens).map_err(Error::wrap)?;
-            let (k, v) = (loan.k.tokens(rows.clone())?, loan.v.tokens(rows.clone())?);
-            behind.append(&k, &v).map_err(Error::wrap)?;
-            let q = loan.q.tokens(rows)?;
-            let view = behind.attend_view(q).map_err(Error::wrap)?;
-            let attended = step.attend(&self.cpu, &[view])?;
-            let tokens = behind.tokens();
-            let observed = LayerView::new(shape, tokens, view.k, view.v)
-                .and_then(|view| view.with_queries(q))
-                .and_then(|view| scores.observe(&self.cpu, LayerId(layer as u32), &view));
-            (attended, observed)
-        };
-        observed.map_err(Error::wrap)?;
-        Ok(attended)
+        let held: Ragged<_> = cache.positions().iter().cloned().collect();
+        let view = cache.view(shape).map_err(Error::wrap)?;
+        let mut behind = FlatCache::gather(&view, &held, span.tokens).map_err(Error::wrap)?;
+        let (k, v) = (loan.k.tokens(rows.clone())?, loan.v.tokens(rows.clone())?);
+        behind.append(&k, &v).map_err(Error::wrap)?;
+        let q = loan.q.tokens(rows)?;
+        let view = behind.attend_view(q).map_err(Error::wrap)?;
+        LayerView::new(shape, behind.tokens(), view.k, view.v)
+            .and_then(|view| view.with_queries(q))
+            .and_then(|view| self.scores.observe(&self.cpu, LayerId(layer as u32), &view))
+            .map_err(Error::wrap)?;
+        step.attend(&self.cpu, &[view])
     }
 }
 
