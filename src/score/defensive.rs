@@ -14,7 +14,10 @@
 //!   layer. Within a layer the latter changes nothing.
 //! * Cost: SnapKV's two passes and one output projection over the cache, `2·Hq·T·D·hidden` flops.
 
-use super::{FirstSet, Needs, Queries, ScoreContext, Scored, Scorer, check_threshold, past_lens, segment_lens};
+use super::{
+    FirstSet, Needs, Queries, ScoreContext, Scored, Scorer, check_threshold, past_lens,
+    segment_lens,
+};
 use crate::backend::Backend;
 use crate::backend::ops::{NormScale, Reduce, WindowAttention};
 use crate::error::Result;

@@ -18,7 +18,9 @@
 //! * A larger budget affords more of the present: hence the `(1 - r)²`. `threshold` trades what comes next (prose goes on as before) against what may be asked for (retrieval).
 //! * Cost: SnapKV's with `W = queries + near`, and one output projection over the cache.
 
-use super::{FirstSet, Needs, Queries, ScoreContext, Scored, Scorer, check_threshold, segment_lens};
+use super::{
+    FirstSet, Needs, Queries, ScoreContext, Scored, Scorer, check_threshold, segment_lens,
+};
 use crate::backend::Backend;
 use crate::backend::ops::{NormScale, Pool, Pooling, Reduce, WindowAttention};
 use crate::error::Result;
