@@ -8,10 +8,12 @@ use crate::allocate::{AdaForm, Heads, Layers};
 use crate::backend::Backend;
 use crate::budget::Fraction;
 use crate::error::{Error, Result};
+use crate::ids::LayerId;
 use crate::parameters::{Parameters, parameters};
 use crate::reference::Reference;
-use crate::score::{Needs, Scorer, ScorerConfig};
+use crate::score::{Needs, Scored, Scorer, ScorerConfig, segment_lens};
 use crate::select::{Align, Protect};
+use crate::view::LayerView;
 
 /// CriticalKV's second stage, once every head's budget is known: the first part goes to the best by score,
 /// the rest by `(score + epsilon) · ν` with the value norm `ν` (CriticalKV, arXiv 2502.03805).
@@ -167,6 +169,44 @@ impl<B: Backend> Policy<B> {
             });
         }
         Ok(Self { scorer, ..config.build()? })
+    }
+
+    /// What planning needs of one layer of many sequences: the same at every budget.
+    ///
+    /// Errors: those of the scorer, views that lack what the policy [`needs`](Self::needs), reference mode.
+    pub fn score(
+        &self,
+        backend: &B,
+        layer: LayerId,
+        layers: &[LayerView<'_, B::Storage<'_>>],
+    ) -> Result<Scored<B::Floats>> {
+        if self.config.reference.is_some() {
+            return Err(Error::Unsupported {
+                what: "scores without a budget in reference mode",
+                why: "the published codes score for one budget",
+            });
+        }
+        self.weighted(backend, layers, self.scorer.score(backend, layer, layers)?)
+    }
+
+    /// Adds what the second stage asks for.
+    pub(crate) fn weighted(
+        &self,
+        backend: &B,
+        layers: &[LayerView<'_, B::Storage<'_>>],
+        mut scored: Scored<B::Floats>,
+    ) -> Result<Scored<B::Floats>> {
+        scored.weighted = match (&self.config.two_stage, scored.weighted) {
+            (None, _) => None,
+            (Some(_), Some(weighted)) => Some(weighted),
+            (Some(stage), None) => {
+                let mut norms = backend.zeros(&segment_lens(layers))?;
+                backend.value_norm(layers, &mut norms)?;
+                backend.weigh(stage.epsilon, &scored.scores, &mut norms)?;
+                Some(norms)
+            }
+        };
+        Ok(scored)
     }
 
     /// What views must carry for this policy.

@@ -7,7 +7,7 @@ use kvbudget::allocate::{AdaForm, Claim, Heads, Layers, apportion};
 use kvbudget::backend::Backend;
 use kvbudget::backend::cpu::{Cpu, HostLayer, HostSlice};
 use kvbudget::plan::{CheckError, Promise};
-use kvbudget::score::{Needs, ScoreContext, Scored, Scorer, ScorerConfig, Streaming};
+use kvbudget::score::{Needs, Scored, Scorer, ScorerConfig, Streaming};
 use kvbudget::select::{Align, Protect};
 use kvbudget::{
     Budget, Dtype, Error, Fraction, Geometry, LayerId, LayerShape, LayerView, Plan, Planner,
@@ -28,10 +28,10 @@ impl Scorer<Cpu> for Fixed {
     fn score(
         &self,
         cpu: &Cpu,
-        context: &ScoreContext<'_>,
+        layer: LayerId,
         layers: &[HostLayer<'_>],
     ) -> Result<Scored<Ragged<f32>>> {
-        let rows = &self.0[context.layer.index()];
+        let rows = &self.0[layer.index()];
         cpu.upload(layers.iter().flat_map(|_| rows.clone()).collect()).map(Scored::from)
     }
 }

@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use kvbudget::backend::cpu::{Cpu, HostSlice};
-use kvbudget::score::ScoreContext;
 use kvbudget::{
     Budget, Dtype, Geometry, LayerId, LayerShape, LayerView, Planner, Policy, Position, Reference,
     Rows, reference,
@@ -149,10 +148,11 @@ fn compare_scores(case: &Value, input: &Input, policy: &Policy<Cpu>, stored: &In
     }
     let layers = input.layers();
     for (l, layer) in layers.iter().enumerate() {
-        let context = ScoreContext { layer: LayerId(l as u32), slots_per_head: &[0], recent: &[0] };
         let scorer = policy.config().scorer.build::<Cpu>();
-        let scores =
-            scorer.score(&Cpu::new(), &context, std::slice::from_ref(layer)).unwrap().scores;
+        let scores = scorer
+            .score(&Cpu::new(), LayerId(l as u32), std::slice::from_ref(layer))
+            .unwrap()
+            .scores;
         let (shape, expected) = &stored.0[&format!("{name}.l{l}")];
         let window = match case["policy"].as_str().unwrap() {
             "tova" => 1,

@@ -110,6 +110,30 @@ fn every_preset_meets_every_budget() {
     }
 }
 
+/// Scores are the same at every budget: planners that share them plan what planners of their own do.
+#[test]
+fn one_scoring_serves_every_budget() {
+    let model = Model::new(150, &[(4, 2), (2, 2), (6, 1)]);
+    let (cpu, geometry) = (Cpu::new(), model.geometry());
+    for name in PRESETS {
+        let config = preset(name).unwrap();
+        let policy = config.build::<Cpu>().unwrap();
+        let planner = |budget| Planner::new(&cpu, &policy, &geometry, budget, &[model.tokens]);
+        let mut planners: Vec<_> = budgets().into_iter().map(|b| planner(b).unwrap()).collect();
+        for l in 0..model.layers.len() {
+            let view = [model.view(l)];
+            let scored = policy.score(&cpu, LayerId(l as u32), &view).unwrap();
+            for planner in &mut planners {
+                planner.push_scored(&view, scored.clone()).unwrap();
+            }
+        }
+        for (planner, budget) in planners.into_iter().zip(budgets()) {
+            let shared = planner.finish().unwrap().remove(0);
+            assert_eq!(shared, model.plan(&config, budget).unwrap(), "{name} {budget}");
+        }
+    }
+}
+
 /// Chunks and pages for every preset: kept or freed whole, within the budget.
 #[test]
 fn every_preset_can_keep_whole_pages() {

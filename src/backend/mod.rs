@@ -109,9 +109,10 @@ pub trait Backend: Send + Sync {
     fn weigh(&self, epsilon: f32, rows: &Self::Floats, norms: &mut Self::Floats) -> Result<()>;
     /// `rows = max(rows, by)` over what `rows` has; rows of `by` may be longer. NaN of either side stays.
     fn raise(&self, by: &Self::Floats, rows: &mut Self::Floats) -> Result<()>;
-    /// For each row, the smallest number of its largest entries that sums to `threshold - (1 - sum)`:
+    /// For each row, the smallest number of its largest entries that sums to `thresholds[s] - (1 - sum)`:
     /// entries are attention mass, what they lack to 1 is mass already safe. At most `caps[s]`.
-    fn mass_count(&self, threshold: f32, caps: &[u32], mass: &Self::Floats) -> Result<Vec<u32>>;
+    fn mass_count(&self, thresholds: &[f32], caps: &[u32], mass: &Self::Floats)
+    -> Result<Vec<u32>>;
     /// Sets `rows` to +∞ where `by` has its `counts[s]` best entries (order of [`TopK`]).
     fn pin_top(&self, counts: &[u32], by: &Self::Floats, rows: &mut Self::Floats) -> Result<()>;
     /// Replaces scores by places: the `n`-th slot of a row in the order of [`TopK`], protected ones first, gets

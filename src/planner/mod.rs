@@ -26,7 +26,7 @@ use crate::plan::{Plan, Report};
 use crate::policy::Policy;
 use crate::ragged::Ragged;
 use crate::reference;
-use crate::score::{ScoreContext, Scored, segment_lens};
+use crate::score::{FirstSet, Room, Scored, segment_lens};
 use crate::select::protect::count;
 use crate::view::LayerView;
 use contests::{blended, visible};
@@ -95,28 +95,24 @@ impl<'a, B: Backend> Planner<'a, B> {
         self.check_views(l, layers)?;
         let layer = LayerId(l as u32);
         let config = &self.policy.config;
-        let context = ScoreContext {
-            layer,
-            slots_per_head: &self.sequences.iter().map(|s| s.slots_per_head).collect::<Vec<_>>(),
-            recent: &self.sequences.iter().map(|s| s.recent).collect::<Vec<_>>(),
-        };
         if let Some(reference) = config.reference {
             let scored =
-                reference::score(self.backend, reference, config, self.budget, &context, layers)?;
+                reference::score(self.backend, reference, config, self.budget, layer, layers)?;
             self.store(scored.scores, scored.weighted);
             return self.finish_reference(reference);
         }
-        let scored = self.policy.scorer.score(self.backend, &context, layers)?;
-        self.take(l, layers, scored)
+        let scored = self.policy.score(self.backend, layer, layers)?;
+        self.take(l, scored)
     }
 
-    /// The same with scores that were made elsewhere, `[H, len]` of each view: the policy's scorer is not asked.
+    /// The same with scores from elsewhere: those of [`Policy::score`], which serve planners of many budgets, or
+    /// any scores `[H, len]` of each view.
     ///
     /// Errors as [`push`](Self::push) does; also for scores of other lengths, and in reference mode.
     pub fn push_scored(
         &mut self,
         layers: &[LayerView<'_, B::Storage<'_>>],
-        scores: B::Floats,
+        scored: impl Into<Scored<B::Floats>>,
     ) -> Result<Vec<LayerId>> {
         let l = self.pushed.len();
         self.check_views(l, layers)?;
@@ -126,41 +122,32 @@ impl<'a, B: Backend> Planner<'a, B> {
                 why: "reference modes reproduce published scores",
             });
         }
-        let (expected, got) = (segment_lens(layers), self.backend.lens(&scores));
-        expect("score rows (segments)", expected.len() as u64, got.len() as u64)?;
-        for (expected, got) in expected.into_iter().zip(got) {
-            expect("scores of a segment", expected.into(), got.into())?;
+        let scored = scored.into();
+        let expected = segment_lens(layers);
+        for rows in [Some(&scored.scores), scored.first.as_ref(), scored.weighted.as_ref()] {
+            let Some(got) = rows.map(|rows| self.backend.lens(rows)) else { continue };
+            expect("score rows (segments)", expected.len() as u64, got.len() as u64)?;
+            for (&expected, got) in expected.iter().zip(got) {
+                expect("scores of a segment", expected.into(), got.into())?;
+            }
         }
-        self.take(l, layers, scores.into())
+        let scored = self.policy.weighted(self.backend, layers, scored)?;
+        self.take(l, scored)
     }
 
     /// Settles a layer by its scores.
-    fn take(
-        &mut self,
-        l: usize,
-        layers: &[LayerView<'_, B::Storage<'_>>],
-        scored: Scored<B::Floats>,
-    ) -> Result<Vec<LayerId>> {
-        let layer = LayerId(l as u32);
-        let config = &self.policy.config;
-        let (mut scores, first) = (scored.scores, scored.first);
-        let mut weighted = None;
-        if let Some(stage) = &config.two_stage {
-            let mut norms = self.backend.zeros(&segment_lens(layers))?;
-            self.backend.value_norm(layers, &mut norms)?;
-            self.backend.weigh(stage.epsilon, &scores, &mut norms)?;
-            // NaN scores are NaN here as well.
-            self.count_nan(layer, &norms)?;
-            self.align(l, &mut norms)?;
-            weighted = Some(norms);
-        } else {
-            self.count_nan(layer, &scores)?;
+    fn take(&mut self, l: usize, scored: Scored<B::Floats>) -> Result<Vec<LayerId>> {
+        let Scored { mut scores, first, mut weighted } = scored;
+        // NaN scores are NaN with any weights.
+        self.count_nan(LayerId(l as u32), weighted.as_ref().unwrap_or(&scores))?;
+        if let Some(weighted) = &mut weighted {
+            self.align(l, weighted)?;
         }
         self.align(l, &mut scores)?;
         if let Some(mut first) = first {
-            self.align(l, &mut first.by)?;
-            let counts = self.first_counts(l, &first.counts);
-            self.backend.pin_top(&counts, &first.by, &mut scores)?;
+            let counts = self.first_counts(l, &first)?;
+            self.align(l, &mut first)?;
+            self.backend.pin_top(&counts, &first, &mut scores)?;
         }
         if self.sequences.iter().any(|s| s.profile.is_some()) {
             let (protected, weights) = self.places(l);
@@ -284,16 +271,25 @@ impl<'a, B: Backend> Planner<'a, B> {
         (protected.into_iter().collect(), shares)
     }
 
-    /// First sets in units, and equal for heads that must keep the same.
-    fn first_counts(&self, l: usize, slots: &[u32]) -> Vec<u32> {
+    /// Sizes of first sets in units, and equal for heads that must keep the same.
+    fn first_counts(&self, l: usize, mass: &B::Floats) -> Result<Vec<u32>> {
         let align = self.policy.config.align;
         let heads = self.geometry.layers()[l].kv_heads();
+        let sets = self.sequences.iter().flat_map(|state| {
+            let State { tokens, slots_per_head, recent, .. } = *state;
+            let room = Room { tokens, slots_per_head, recent };
+            std::iter::repeat_n(self.policy.scorer.first_set(&room), heads)
+        });
+        let limit = |(set, len): (FirstSet, u32)| (set.mass, set.slots.min(len.into()) as u32);
+        let (thresholds, caps): (Vec<f32>, Vec<u32>) =
+            sets.zip(self.backend.lens(mass)).map(limit).unzip();
+        let slots = self.backend.mass_count(&thresholds, &caps, mass)?;
         let fewest = |layer: &[u32]| layer.iter().copied().min().unwrap_or(0);
         let shared = |layer: &[u32]| match align.share_heads {
             true => vec![fewest(layer); layer.len()],
             false => layer.to_vec(),
         };
-        slots.chunks(heads).flat_map(shared).map(|n| n / align.unit).collect()
+        Ok(slots.chunks(heads).flat_map(shared).map(|n| n / align.unit).collect())
     }
 
     fn store(&mut self, scores: B::Floats, weighted: Option<B::Floats>) {

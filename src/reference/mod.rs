@@ -15,11 +15,12 @@ use crate::backend::ops::{NormScale, Pooling, Reduce};
 use crate::budget::{Budget, Fraction};
 use crate::error::{Error, Result};
 use crate::geometry::Geometry;
+use crate::ids::LayerId;
 use crate::parameters::named;
 use crate::policy::PolicyConfig;
 use crate::preset::preset;
 use crate::ragged::Ragged;
-use crate::score::{ScoreContext, ScorerConfig, SnapKv, segment_lens};
+use crate::score::{ScorerConfig, SnapKv, segment_lens};
 use crate::select::Protect;
 use crate::view::LayerView;
 
@@ -97,7 +98,7 @@ pub(crate) fn score<B: Backend>(
     reference: Reference,
     config: &PolicyConfig,
     budget: Budget,
-    context: &ScoreContext<'_>,
+    layer: LayerId,
     layers: &[LayerView<'_, B::Storage<'_>>],
 ) -> Result<Scored<B::Floats>> {
     if layers.iter().any(|l| l.positions().is_some()) {
@@ -123,7 +124,7 @@ pub(crate) fn score<B: Backend>(
             got: u64::from(short.tokens()),
         });
     }
-    let scores = config.scorer.build().score(backend, context, layers)?.scores;
+    let scores = config.scorer.build().score(backend, layer, layers)?.scores;
     let mut weighted = None;
     if config.two_stage.is_some() {
         let mut norms = backend.zeros(&segment_lens(layers))?;

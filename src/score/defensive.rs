@@ -14,13 +14,11 @@
 //!   layer. Within a layer the latter changes nothing.
 //! * Cost: SnapKV's two passes and one output projection over the cache, `2·Hq·T·D·hidden` flops.
 
-use super::{
-    FirstSet, Needs, Queries, ScoreContext, Scored, Scorer, check_threshold, past_lens,
-    segment_lens,
-};
+use super::{FirstSet, Needs, Queries, Room, Scored, Scorer, check_part, past_lens, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::{NormScale, Reduce, WindowAttention};
 use crate::error::Result;
+use crate::ids::LayerId;
 use crate::parameters::parameters;
 use crate::view::LayerView;
 
@@ -61,10 +59,10 @@ impl<B: Backend> Scorer<B> for Defensive {
     fn score(
         &self,
         backend: &B,
-        context: &ScoreContext<'_>,
+        _: LayerId,
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>> {
-        check_threshold(self.threshold)?;
+        check_part("threshold", self.threshold)?;
         let attention = WindowAttention {
             window: self.window,
             over_window: Reduce::Max,
@@ -83,14 +81,11 @@ impl<B: Backend> Scorer<B> for Defensive {
         backend.value_norm(layers, &mut norms)?;
         backend.scale_norms(self.norm_scale, layers, &mut norms)?;
         backend.weigh(0.0, &worst, &mut norms)?;
-        let room = layers.iter().enumerate().flat_map(|(i, layer)| {
-            let window = u64::from(self.window.max(context.recent[i]));
-            let room = context.slots_per_head[i].saturating_sub(window);
-            std::iter::repeat_n(room, layer.shape().kv_heads())
-        });
-        let caps: Vec<u32> =
-            past.iter().zip(room).map(|(&n, room)| u64::from(n).min(room) as u32).collect();
-        let counts = backend.mass_count(self.threshold, &caps, &mean)?;
-        Ok(Scored { scores: norms, first: Some(FirstSet { by: mean, counts }) })
+        Ok(Scored { first: Some(mean), ..norms.into() })
+    }
+    fn first_set(&self, room: &Room) -> FirstSet {
+        let window = self.window.max(room.recent);
+        let slots = room.slots_per_head.saturating_sub(window.into());
+        FirstSet { mass: self.threshold, slots }
     }
 }

@@ -7,10 +7,11 @@
 //! * Needs the queries of all tokens: an observation window is not enough, and is refused.
 //! * Cost: `4·Hq·T²·D` flops, as much as prefill attention.
 
-use super::{Needs, Queries, ScoreContext, Scored, Scorer, segment_lens};
+use super::{Needs, Queries, Scored, Scorer, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::{Reduce, WindowAttention};
 use crate::error::Result;
+use crate::ids::LayerId;
 use crate::parameters::parameters;
 use crate::view::LayerView;
 
@@ -31,7 +32,7 @@ impl<B: Backend> Scorer<B> for H2o {
     fn score(
         &self,
         backend: &B,
-        _: &ScoreContext<'_>,
+        _: LayerId,
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>> {
         let attention = WindowAttention {

@@ -5,9 +5,10 @@
 //!   one applied to blocks.
 //! * Cost: one pass over K (KeyDiff two).
 
-use super::{Needs, ScoreContext, Scored, Scorer, segment_lens};
+use super::{Needs, Scored, Scorer, segment_lens};
 use crate::backend::Backend;
 use crate::error::Result;
+use crate::ids::LayerId;
 use crate::parameters::parameters;
 use crate::view::LayerView;
 
@@ -28,7 +29,7 @@ impl<B: Backend> Scorer<B> for KNorm {
     fn score(
         &self,
         backend: &B,
-        _: &ScoreContext<'_>,
+        _: LayerId,
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>> {
         let mut scores = backend.zeros(&segment_lens(layers))?;
@@ -54,7 +55,7 @@ impl<B: Backend> Scorer<B> for KeyDiff {
     fn score(
         &self,
         backend: &B,
-        _: &ScoreContext<'_>,
+        _: LayerId,
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>> {
         let mut scores = backend.zeros(&segment_lens(layers))?;

@@ -9,10 +9,11 @@
 //!   gives 0 here, where the published code divides by zero.
 //! * Cost: one pass over K and V, no queries.
 
-use super::{Needs, ScoreContext, Scored, Scorer, segment_lens};
+use super::{Needs, Scored, Scorer, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::Lag;
 use crate::error::Result;
+use crate::ids::LayerId;
 use crate::parameters::parameters;
 use crate::view::LayerView;
 
@@ -50,7 +51,7 @@ impl<B: Backend> Scorer<B> for LagKv {
     fn score(
         &self,
         backend: &B,
-        _: &ScoreContext<'_>,
+        _: LayerId,
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>> {
         let op = Lag { sinks: self.lag_sinks, lag: self.lag, cross_scoring: self.cross_scoring };

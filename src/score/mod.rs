@@ -30,40 +30,44 @@ named!(Pooling { Avg => "avg", Max => "max" });
 named!(Reduce { Mean => "mean", Max => "max" });
 named!(NormScale { None => "none", Layer => "layer", Heads => "heads" });
 
-/// What a scorer may know beside the tensors.
-#[derive(Debug, Clone)]
-pub struct ScoreContext<'a> {
-    /// The layer being scored.
-    pub layer: LayerId,
-    /// Mean budget per head of each view's sequence, in slots.
-    pub slots_per_head: &'a [u64],
-    /// Recent tokens protected in each view's sequence.
-    pub recent: &'a [u32],
-}
-
-/// What a scorer found for one layer.
+/// What a scorer found for one layer: the same at every budget.
 #[derive(Debug, Clone)]
 pub struct Scored<F> {
     /// Scores `[H, len]` of each view.
     pub scores: F,
-    /// Slots that come before all others but protected ones, whatever their scores.
-    pub first: Option<FirstSet<F>>,
-}
-
-/// The best slots of every segment by another measure than the score.
-#[derive(Debug, Clone)]
-pub struct FirstSet<F> {
-    /// The measure, `[H, len]`.
-    pub by: F,
-    /// How many of its best, by segment. With units larger than a slot, as many whole units as they fill.
-    pub counts: Vec<u32>,
+    /// Attention mass `[H, len]` by which some slots come before all others but protected ones, whatever their
+    /// scores: as many as [`Scorer::first_set`] says.
+    pub first: Option<F>,
+    /// The scores times the value norms, by which a two-stage policy selects in its second stage.
+    pub weighted: Option<F>,
 }
 
 impl<F> From<F> for Scored<F> {
     /// Scores alone.
     fn from(scores: F) -> Self {
-        Self { scores, first: None }
+        Self { scores, first: None, weighted: None }
     }
+}
+
+/// What a first set is measured against: one sequence and its budget.
+#[derive(Debug, Clone, Copy)]
+pub struct Room {
+    /// Tokens seen.
+    pub tokens: u32,
+    /// Mean budget per head, in slots.
+    pub slots_per_head: u64,
+    /// Recent tokens protected.
+    pub recent: u32,
+}
+
+/// The size of a first set, by head: the fewest slots that hold so much mass, but no more than so many. With units
+/// larger than a slot, as many whole units as they fill.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct FirstSet {
+    /// Attention mass; what a row lacks to 1 is held already.
+    pub mass: f32,
+    /// Slots at most.
+    pub slots: u64,
 }
 
 /// Queries that a method looks at.
@@ -97,21 +101,21 @@ pub trait Scorer<B: Backend>: Send + Sync {
     fn score(
         &self,
         backend: &B,
-        context: &ScoreContext<'_>,
+        layer: LayerId,
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>>;
+    /// How many slots come first by [`Scored::first`].
+    fn first_set(&self, _: &Room) -> FirstSet {
+        FirstSet::default()
+    }
 }
 
-/// A mass to be reached is a probability.
-fn check_threshold(threshold: f32) -> Result<()> {
-    if (0.0..=1.0).contains(&threshold) {
+/// A parameter that is a part of something.
+fn check_part(name: &'static str, part: f32) -> Result<()> {
+    if (0.0..=1.0).contains(&part) {
         return Ok(());
     }
-    Err(Error::Parameter {
-        name: "threshold",
-        expected: "a number from 0 to 1",
-        got: threshold.to_string(),
-    })
+    Err(Error::Parameter { name, expected: "a number from 0 to 1", got: part.to_string() })
 }
 
 /// Lengths of all segments of the views.

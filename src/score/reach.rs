@@ -1,29 +1,31 @@
 //! Reach: what the model looks at now, and then what it may look back at from afar, in the worst case.
 //!
 //! First the slots that carry the bulk of the present: the smallest set of each head that holds
-//! `1 - (1 - threshold)·(1 - r)²` of the mean attention of the last `near` queries, at a budget of the fraction `r`. Then
-//! the rest by
+//! `1 - (1 - threshold)·(1 - r)²` of the mean attention of the last `near` queries, at a budget of the fraction `r`,
+//! within `1 - (1 - present)·(1 - r)²` of the head's mean share of the budget. Then the rest by
 //! `R[h, t] = max over the last `queries` queries m with t + gap <= m, and over the group, of P[h·G + g, m, t]`,
 //! averaged over neighbours, raised to its mean over the head and weighed with the value norm
 //! `ν[t] = mean_g ‖v_t · W_o‖₁`.
 //!
 //! * Source: this crate. From DefensiveKV (Alg. 1 and 2) come the maximum, the prior, the value norm and the first
-//!   set. What differs was chosen on few development samples of `integrations/candle/fidelity`'s tasks:
+//!   set. What differs was chosen on the development half of the tasks of `integrations/candle/fidelity`
+//!   (docs/methods.md has the figures):
 //!   - hundreds of queries instead of a window of 32. The prior, a head's mean, says how far back a head
 //!     looks, and 32 queries say it badly. With budgets contested over all layers, or a profile, it is what
 //!     heads that retrieve live on;
 //!   - attention to the nearest `gap` slots counts for nothing in it: every head looks there;
 //!   - the first set is about the present alone and its mass includes the newest tokens, so that few need protection;
+//!   - the first set is bounded by a part of the budget: heads that look everywhere at once would take all
+//!     of it. This bound trades what comes next (prose goes on as before) against what may be asked for later
+//!     (retrieval), and a larger budget affords more of the former: hence the `(1 - r)²`;
 //!   - value norms as they are: dividing them by their sum over a layer's heads hides which heads write much.
-//! * A larger budget affords more of the present: hence the `(1 - r)²`. `threshold` trades what comes next (prose goes on as before) against what may be asked for (retrieval).
 //! * Cost: SnapKV's with `W = queries + near`, and one output projection over the cache.
 
-use super::{
-    FirstSet, Needs, Queries, ScoreContext, Scored, Scorer, check_threshold, segment_lens,
-};
+use super::{FirstSet, Needs, Queries, Room, Scored, Scorer, check_part, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::{NormScale, Pool, Pooling, Reduce, WindowAttention};
 use crate::error::Result;
+use crate::ids::LayerId;
 use crate::parameters::parameters;
 use crate::view::LayerView;
 
@@ -45,8 +47,10 @@ pub struct Reach {
     pub norm_scale: NormScale,
     /// Queries of the present: those of so many last tokens.
     pub near: u32,
-    /// Their attention mass that the first slots must hold, at a budget of nothing; 0 for no such slots.
+    /// Part of their attention mass that the first slots must hold, at a budget of nothing; 0 for no such slots.
     pub threshold: f32,
+    /// Part of the budget that the first slots may take, at a budget of nothing.
+    pub present: f32,
 }
 parameters!(Reach {
     queries: "a positive integer",
@@ -55,6 +59,7 @@ parameters!(Reach {
     norm_scale: "none, layer or heads",
     near: "a positive integer",
     threshold: "a number from 0 to 1",
+    present: "a number from 0 to 1",
 });
 
 impl Default for Reach {
@@ -64,8 +69,9 @@ impl Default for Reach {
             gap: 64,
             kernel: 5,
             norm_scale: NormScale::None,
-            near: 8,
+            near: 16,
             threshold: 0.85,
+            present: 0.4,
         }
     }
 }
@@ -79,10 +85,11 @@ impl<B: Backend> Scorer<B> for Reach {
     fn score(
         &self,
         backend: &B,
-        context: &ScoreContext<'_>,
+        _: LayerId,
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>> {
-        check_threshold(self.threshold)?;
+        check_part("threshold", self.threshold)?;
+        check_part("present", self.present)?;
         let lens = segment_lens(layers);
         let attention = |window, reduce, gap| WindowAttention {
             window,
@@ -106,21 +113,18 @@ impl<B: Backend> Scorer<B> for Reach {
         let mut now = backend.zeros(&lens)?;
         let near = attention(self.near, Reduce::Mean, 0);
         backend.window_attention(&near, layers, &mut now, None)?;
-        let mut counts = Vec::with_capacity(lens.len());
-        for (i, layer) in layers.iter().enumerate() {
-            let heads = counts.len()..counts.len() + layer.shape().kv_heads();
-            let slots = context.slots_per_head[i];
-            // At most the mean budget beside what is protected.
-            let room = slots.saturating_sub(context.recent[i].into());
-            let cap = |&len: &u32| u64::from(len).min(room) as u32;
-            let caps: Vec<u32> = lens[heads.clone()].iter().map(cap).collect();
-            let rest = 1.0 - (slots as f32 / layer.tokens().max(1) as f32).min(1.0);
-            let threshold = match self.threshold {
-                0.0 => 0.0, // No first set at any budget.
-                some => 1.0 - (1.0 - some) * rest * rest,
-            };
-            counts.extend(backend.mass_count(threshold, &caps, &backend.slice(&now, heads)?)?);
+        Ok(Scored { first: Some(now), ..norms.into() })
+    }
+
+    fn first_set(&self, room: &Room) -> FirstSet {
+        if self.threshold == 0.0 {
+            return FirstSet::default();
         }
-        Ok(Scored { scores: norms, first: Some(FirstSet { by: now, counts }) })
+        let slots = room.slots_per_head;
+        let missing = 1.0 - (slots as f32 / room.tokens.max(1) as f32).min(1.0);
+        let grown = |part: f32| 1.0 - (1.0 - part) * missing * missing;
+        let free = slots.saturating_sub(room.recent.into());
+        let slots = (free as f64 * f64::from(grown(self.present))) as u64;
+        FirstSet { mass: grown(self.threshold), slots }
     }
 }

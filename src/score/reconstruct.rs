@@ -12,7 +12,7 @@
 //! * The second pass is the engine's: [`Reconstruction`] takes its queries layer by layer, and
 //!   [`Planner::push_scored`](crate::Planner::push_scored) its result.
 
-use super::{Needs, ScoreContext, Scored, Scorer};
+use super::{Needs, Scored, Scorer};
 use crate::backend::Backend;
 use crate::backend::ops::{Reduce, WindowAttention};
 use crate::error::{Error, Result};
@@ -39,7 +39,7 @@ impl<B: Backend> Scorer<B> for Reconstruct {
     fn score(
         &self,
         _: &B,
-        _: &ScoreContext<'_>,
+        _: LayerId,
         _: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>> {
         Err(Error::Missing {

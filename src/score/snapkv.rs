@@ -10,10 +10,11 @@
 //!   same scores for each KV head. Published as per-step eviction; here as often as the planner runs.
 //! * Cost: two passes over K (one with the prefill's log-sum-exp), `2·Hq·W·T·D` flops each.
 
-use super::{Needs, Queries, ScoreContext, Scored, Scorer, past_lens, segment_lens};
+use super::{Needs, Queries, Scored, Scorer, past_lens, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::{Pool, Pooling, Reduce, WindowAttention};
 use crate::error::Result;
+use crate::ids::LayerId;
 use crate::parameters::parameters;
 use crate::view::LayerView;
 
@@ -54,7 +55,7 @@ impl<B: Backend> Scorer<B> for SnapKv {
     fn score(
         &self,
         backend: &B,
-        _: &ScoreContext<'_>,
+        _: LayerId,
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>> {
         let attention = WindowAttention {
@@ -91,7 +92,7 @@ impl<B: Backend> Scorer<B> for Tova {
     fn score(
         &self,
         backend: &B,
-        _: &ScoreContext<'_>,
+        _: LayerId,
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>> {
         let attention = WindowAttention {

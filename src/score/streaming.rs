@@ -4,10 +4,11 @@
 //!   Keys are not rotated anew: positions stay logical.
 //! * Random: what a method must beat. The noise depends on seed, layer, head and position alone.
 
-use super::{Needs, ScoreContext, Scored, Scorer, segment_lens};
+use super::{Needs, Scored, Scorer, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::Positional;
 use crate::error::Result;
+use crate::ids::LayerId;
 use crate::parameters::parameters;
 use crate::view::LayerView;
 
@@ -28,7 +29,7 @@ impl<B: Backend> Scorer<B> for Streaming {
     fn score(
         &self,
         backend: &B,
-        _: &ScoreContext<'_>,
+        _: LayerId,
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>> {
         let mut scores = backend.zeros(&segment_lens(layers))?;
@@ -57,11 +58,11 @@ impl<B: Backend> Scorer<B> for Random {
     fn score(
         &self,
         backend: &B,
-        context: &ScoreContext<'_>,
+        layer: LayerId,
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>> {
         let mut scores = backend.zeros(&segment_lens(layers))?;
-        let op = Positional::Random { seed: self.seed, layer: context.layer.0 };
+        let op = Positional::Random { seed: self.seed, layer: layer.0 };
         backend.positional(op, layers, &mut scores)?;
         Ok(scores.into())
     }

@@ -7,9 +7,11 @@
 use std::sync::Arc;
 
 use candle_core::{Error, Result, Tensor, bail};
-use kvbudget::backend::cpu::Cpu;
-use kvbudget::score::Queries;
-use kvbudget::{Budget, Geometry, Plan, Planner, Policy, PolicyConfig, Sequence, Trigger};
+use kvbudget::backend::cpu::{Cpu, HostLayer};
+use kvbudget::score::{Queries, Scored};
+use kvbudget::{
+    Budget, Geometry, LayerId, Plan, Planner, Policy, PolicyConfig, Ragged, Sequence, Trigger,
+};
 
 use crate::attention::{AttentionHook, Span};
 use crate::batch::Batch;
@@ -156,19 +158,63 @@ impl BudgetCache {
 
     /// What a policy would keep of a sequence; nothing changes.
     pub fn plan(&self, sequence: usize, policy: &Policy<Cpu>, budget: Budget) -> Result<Plan> {
+        let push = |planners: &mut [Planner<'_, Cpu>], _, view: &HostLayer<'_>| {
+            planners.iter_mut().try_for_each(|planner| planner.push(&[*view]).map(drop))
+        };
+        Ok(self.planned(sequence, policy, &[budget], push)?.remove(0))
+    }
+
+    /// The same for many budgets, from one scoring: the policy's, or `scores` from elsewhere, `[H, T]` of each layer
+    /// ([`reconstruct`](crate::reconstruct::reconstruct)).
+    ///
+    /// Errors: those of [`plan`](Self::plan), scores of another shape, a policy in reference mode.
+    pub fn plans(
+        &self,
+        sequence: usize,
+        policy: &Policy<Cpu>,
+        budgets: &[Budget],
+        scores: Option<&[Ragged<f32>]>,
+    ) -> Result<Vec<Plan>> {
+        let layers = self.settings.geometry.layers().len();
+        if let Some(scores) = scores
+            && scores.len() != layers
+        {
+            bail!("expected scores of {layers} layers, got {}", scores.len());
+        }
+        let push = |planners: &mut [Planner<'_, Cpu>], layer: usize, view: &HostLayer<'_>| {
+            let scored: Scored<_> = match scores {
+                Some(scores) => scores[layer].clone().into(),
+                None => policy.score(&self.settings.cpu, LayerId(layer as u32), &[*view])?,
+            };
+            planners
+                .iter_mut()
+                .try_for_each(|planner| planner.push_scored(&[*view], scored.clone()).map(drop))
+        };
+        self.planned(sequence, policy, budgets, push)
+    }
+
+    /// Planners of a sequence, one per budget, that are shown layer after layer.
+    fn planned(
+        &self,
+        sequence: usize,
+        policy: &Policy<Cpu>,
+        budgets: &[Budget],
+        push: impl Fn(&mut [Planner<'_, Cpu>], usize, &HostLayer<'_>) -> kvbudget::Result<()>,
+    ) -> Result<Vec<Plan>> {
         self.check_index(sequence)?;
+        let Settings { cpu, geometry, o_proj, .. } = &self.settings;
         let sequence = &self.batch.sequences[sequence];
         let held = sequence.held();
         let described = Sequence { tokens: sequence.tokens(), held: held.as_deref() };
-        let mut planner =
-            Planner::new(&self.settings.cpu, policy, &self.settings.geometry, budget, &[described])
-                .map_err(Error::wrap)?;
-        for layer in 0..self.settings.geometry.layers().len() {
-            let o_proj = self.settings.o_proj.get(layer);
-            sequence.with_view(layer, o_proj, |view| planner.push(&[*view]).map(drop))?;
+        let planner = |&budget| Planner::new(cpu, policy, geometry, budget, &[described]);
+        let planners = budgets.iter().map(planner).collect::<kvbudget::Result<Vec<_>>>();
+        let mut planners = planners.map_err(Error::wrap)?;
+        for layer in 0..geometry.layers().len() {
+            sequence
+                .with_view(layer, o_proj.get(layer), |view| push(&mut planners, layer, view))?;
         }
-        let mut plans = planner.finish().map_err(Error::wrap)?;
-        plans.pop().ok_or_else(|| Error::msg("expected a plan of one sequence, got none"))
+        let plans = planners.into_iter().map(Planner::finish).collect::<kvbudget::Result<Vec<_>>>();
+        Ok(plans.map_err(Error::wrap)?.concat())
     }
 
     fn check_index(&self, sequence: usize) -> Result<()> {

@@ -8,9 +8,7 @@ use candle_core::{Error, Result, Tensor, bail};
 use kvbudget::backend::cpu::Cpu;
 use kvbudget::cache::FlatCache;
 use kvbudget::score::Reconstruction;
-use kvbudget::{
-    Budget, Fraction, LayerId, LayerView, Plan, Planner, Policy, Profile, Ragged, preset,
-};
+use kvbudget::{Budget, Fraction, LayerId, LayerView, Plan, Profile, Ragged, preset};
 
 use crate::attention::{AttentionHook, Span};
 use crate::cache::BudgetCache;
@@ -100,23 +98,6 @@ impl AttentionHook for Repeating<'_> {
     }
 }
 
-/// Plans a dense sequence by scores that were made elsewhere.
-pub fn plan_scored(
-    sequence: &SequenceCache,
-    policy: &Policy<Cpu>,
-    budget: Budget,
-    scores: &[Ragged<f32>],
-) -> Result<Plan> {
-    let cpu = Cpu::new();
-    let (geometry, tokens) = (sequence.geometry(), sequence.tokens());
-    let mut planner =
-        Planner::new(&cpu, policy, geometry, budget, &[tokens]).map_err(Error::wrap)?;
-    for (layer, scores) in scores.iter().enumerate() {
-        sequence.with_view(layer, None, |view| planner.push_scored(&[*view], scores.clone()))?;
-    }
-    Ok(planner.finish().map_err(Error::wrap)?.remove(0))
-}
-
 /// What a profile is measured on.
 pub struct Calibration {
     /// Tokens before every text: the template's system block and the start of the user's turn.
@@ -141,33 +122,23 @@ pub fn calibrate(
     mut done: impl FnMut(&[Plan]),
 ) -> Result<Profile> {
     let policy = preset("reconstruct").and_then(|p| p.build()).map_err(Error::wrap)?;
+    let budgets: Vec<Budget> = calibration.budgets.iter().map(|&keep| Budget::Keep(keep)).collect();
     let mut plans = Vec::new();
     for text in &calibration.texts {
-        let ids = [calibration.prefix.as_slice(), text].concat();
-        let sequence = prefill(&mut cache, &ids, forward)?;
-        let scores = reconstruct(&sequence, &calibration.instruction, text, forward)?;
-        let first = plans.len();
-        for &keep in &calibration.budgets {
-            plans.push(plan_scored(&sequence, &policy, Budget::Keep(keep), &scores)?);
+        let sequence = cache.add_sequence()?;
+        if sequence > 0 {
+            bail!("expected a cache without sequences, got one with {sequence}");
         }
-        done(&plans[first..]);
+        let ids = [calibration.prefix.as_slice(), text].concat();
+        for (i, chunk) in ids.chunks(PREFILL).enumerate() {
+            let span = Span { position: (i * PREFILL) as u32, tokens: chunk.len() as u32 };
+            forward(chunk, &[span], &mut cache)?;
+        }
+        let scores =
+            reconstruct(&cache.sequences()[sequence], &calibration.instruction, text, forward)?;
+        plans.extend(cache.plans(sequence, &policy, &budgets, Some(&scores))?);
+        cache.remove_sequence(sequence)?;
+        done(&plans[plans.len() - budgets.len()..]);
     }
     Profile::of_plans(model, &plans).map_err(Error::wrap)
-}
-
-/// Reads a prompt in chunks as the only sequence of `cache`, and takes it out again.
-fn prefill(
-    cache: &mut BudgetCache,
-    ids: &[u32],
-    forward: &mut Forward<'_>,
-) -> Result<SequenceCache> {
-    let sequence = cache.add_sequence()?;
-    if sequence > 0 {
-        bail!("expected a cache without sequences, got one with {sequence}");
-    }
-    for (i, chunk) in ids.chunks(PREFILL).enumerate() {
-        let span = Span { position: (i * PREFILL) as u32, tokens: chunk.len() as u32 };
-        forward(chunk, &[span], cache)?;
-    }
-    cache.remove_sequence(sequence)
 }

@@ -6,7 +6,7 @@ mod tiny_model;
 use anyhow::Result;
 use candle_core::Tensor;
 use kvbudget::{Budget, PolicyConfig, Profile, preset, profiled};
-use kvbudget_candle::reconstruct::{Calibration, calibrate, plan_scored, reconstruct};
+use kvbudget_candle::reconstruct::{Calibration, calibrate, reconstruct};
 use kvbudget_candle::{AttentionHook, BudgetCache, DenseAttention, Llama, Span};
 use tiny_model::{KV_HEADS, LAYERS, Tiny, tiny_ids};
 
@@ -52,8 +52,11 @@ fn the_second_pass_attends_like_dense_and_leaves_no_trace() -> Result<()> {
         assert!(layer.data().iter().all(|p| (0.0..=1.0).contains(p)));
         assert!(layer.data().iter().any(|&p| p > 0.1));
     }
-    let plan = plan_scored(sequence, &preset("reconstruct")?.build()?, "50%".parse()?, &scores)?;
-    assert_eq!(plan.slots, slots / 2);
+    let (policy, budgets) = (preset("reconstruct")?.build()?, ["50%".parse()?, "10%".parse()?]);
+    let plans = cache.plans(0, &policy, &budgets, Some(&scores))?;
+    assert_eq!((plans[0].slots, plans[1].slots), (slots / 2, slots / 10));
+    let refused = cache.plans(0, &policy, &budgets, Some(&scores[1..])).unwrap_err();
+    assert!(refused.to_string().contains("scores of"), "{refused}");
     Ok(())
 }
 

@@ -32,6 +32,8 @@ const BLOCK: usize = QUERIES * 256;
 /// Elements of the tile that K and V are widened into, and its rows at most.
 const TILE: usize = 8192;
 const TILE_ROWS: usize = 128;
+/// Products below which waking other threads takes longer than they save: some 20 µs of one thread.
+const SMALL: usize = 1 << 18;
 /// Slots that one task attends to.
 const CHUNK: usize = 1024;
 
@@ -46,12 +48,16 @@ pub(super) fn run(
     validate(sequences, out, lse.as_deref())?;
     let items = sequences.iter().map(items).sum::<usize>();
     let sink = Mutex::new((out, lse));
-    (0..items).into_par_iter().for_each(|item| {
+    let attend = |item| {
         let block = Block::find(op, sequences, item);
         let part = block.attend();
         let (out, lse) = &mut *sink.lock().unwrap_or_else(PoisonError::into_inner);
         block.write(&part, out, lse.as_deref_mut());
-    });
+    };
+    match sequences.iter().map(products).sum::<usize>() {
+        0..SMALL => (0..items).for_each(attend),
+        _ => (0..items).into_par_iter().for_each(attend),
+    }
     Ok(())
 }
 
@@ -107,6 +113,12 @@ fn queries(sequence: &View<'_>) -> usize {
 /// Blocks of a sequence.
 fn items(sequence: &View<'_>) -> usize {
     sequence.k.heads() * queries(sequence).div_ceil(width(sequence))
+}
+
+/// Products of one element of a query and a key; as many follow with values.
+fn products(sequence: &View<'_>) -> usize {
+    let slots: usize = (0..sequence.k.heads()).map(|h| sequence.k.len(h)).sum();
+    slots * sequence.k.dim() * queries(sequence)
 }
 
 /// A block of query rows of one KV head. Row `r` is query `r / G` of the group's head `r % G`, so that the rows

@@ -156,8 +156,8 @@ impl Backend for Cpu {
     fn raise(&self, by: &Ragged<f32>, rows: &mut Ragged<f32>) -> Result<()> {
         rows::raise(by, rows)
     }
-    fn mass_count(&self, threshold: f32, caps: &[u32], mass: &Ragged<f32>) -> Result<Vec<u32>> {
-        self.run(|| top_k::mass_count(threshold, caps, mass))
+    fn mass_count(&self, thresholds: &[f32], caps: &[u32], mass: &Ragged<f32>) -> Result<Vec<u32>> {
+        self.run(|| top_k::mass_count(thresholds, caps, mass))
     }
     fn pin_top(&self, counts: &[u32], by: &Ragged<f32>, rows: &mut Ragged<f32>) -> Result<()> {
         self.run(|| top_k::pin_top(counts, by, rows))

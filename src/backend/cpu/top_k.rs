@@ -218,12 +218,14 @@ impl<'a> Descent<'a> {
 /// Fixed-point unit of attention mass: sums of integers have no order.
 const MASS_ONE: f64 = (1u64 << 40) as f64;
 
-pub(super) fn mass_count(threshold: f32, caps: &[u32], mass: &Ragged<f32>) -> Result<Vec<u32>> {
+pub(super) fn mass_count(thresholds: &[f32], caps: &[u32], mass: &Ragged<f32>) -> Result<Vec<u32>> {
     expect_rows("caps of the mass count", mass.rows(), caps.len())?;
-    let rows: Vec<(&[f32], u32)> = mass.iter().zip(caps.iter().copied()).collect();
+    expect_rows("thresholds of the mass count", mass.rows(), thresholds.len())?;
+    let rows: Vec<(&[f32], (f32, u32))> =
+        mass.iter().zip(thresholds.iter().copied().zip(caps.iter().copied())).collect();
     Ok(rows
         .into_par_iter()
-        .map(|(row, cap)| {
+        .map(|(row, (threshold, cap))| {
             let sum: i64 = row.iter().map(|&p| fixed(p) as i64).sum();
             let outside = (MASS_ONE as i64 - sum).max(0);
             let needed = (f64::from(threshold) * MASS_ONE).round() as i64 - outside;

@@ -250,15 +250,21 @@ pub fn masses<D: TestDevice>(device: &D) {
         rows.push(row.iter().map(|&n| n as f32 / 1024.0).collect());
     }
     let on_device = upload(device, &rows);
-    for threshold in [0.0, 0.25, 0.5, 0.875, 0.9375, 1.0] {
+    let every = [0.0, 0.25, 0.5, 0.875, 0.9375, 1.0];
+    for first in 0..every.len() {
+        // Neighbours have different thresholds, and each row meets all of them.
+        let thresholds: Vec<f32> = every.into_iter().cycle().skip(first).take(rows.len()).collect();
         for cap in [0, 1, 3, u32::MAX] {
             let caps: Vec<u32> = rows.iter().map(|row| cap.min(row.len() as u32)).collect();
-            let got = device.backend().mass_count(threshold, &caps, &on_device);
-            let got = got.unwrap_or_else(|e| panic!("{threshold}: {e}"));
-            let count =
-                |(row, &cap): (&Vec<f64>, &u32)| naive::mass_count(f64::from(threshold), cap, row);
-            let want: Vec<u32> = wide(&rows).iter().zip(&caps).map(count).collect();
-            pass(&(threshold, cap), compare::equal(&got, &want));
+            let got = device.backend().mass_count(&thresholds, &caps, &on_device);
+            let got = got.unwrap_or_else(|e| panic!("{first}: {e}"));
+            let limits = thresholds.iter().zip(&caps);
+            let want: Vec<u32> = wide(&rows)
+                .iter()
+                .zip(limits)
+                .map(|(row, (&t, &cap))| naive::mass_count(f64::from(t), cap, row))
+                .collect();
+            pass(&(first, cap), compare::equal(&got, &want));
         }
     }
 }
@@ -294,5 +300,6 @@ pub fn errors<D: TestDevice>(device: &D) {
     let mut rows = upload(device, &[vec![0.5; 4]]);
     let backend = device.backend();
     fails(&"too many pins", backend.pin_top(&[5], &few, &mut rows));
-    fails(&"caps", backend.mass_count(0.9, &[1, 1], &few));
+    fails(&"caps", backend.mass_count(&[0.9], &[1, 1], &few));
+    fails(&"thresholds", backend.mass_count(&[0.9, 0.9], &[1], &few));
 }

@@ -62,8 +62,8 @@ impl Bench {
     /// What attention sees and does when the full cache reads `ids`.
     fn record(&self, dense: &Dense<'_>, ids: &[u32], seconds: &mut Seconds) -> Result<Vec<Seen>> {
         let full = Variant::full();
-        let plan = dense.plan(&full, seconds)?;
-        let sequence = dense.gather(&full, &plan, ids.len(), seconds)?.sequence;
+        let plan = &dense.plans(std::slice::from_ref(&full), seconds)?[0];
+        let sequence = dense.gather(&full, plan, ids.len(), seconds)?.sequence;
         let mut batch = Batch::new(self, [sequence])?;
         let spans = batch.hook().spans(&[ids.len() as u32]);
         let mut recorder = Recorder { inner: batch.hook(), seen: Vec::new() };
@@ -82,10 +82,7 @@ impl Bench {
         truth: &[Seen],
         seconds: &mut Seconds,
     ) -> Result<Vec<Outcome>> {
-        let mut plans = Vec::new();
-        for variant in variants {
-            plans.push(dense.plan(variant, seconds)?);
-        }
+        let plans = dense.plans(variants, seconds)?;
         let copies = |seconds: &mut Seconds| -> Result<Batch<'_>> {
             let copies = variants.iter().zip(&plans);
             let copies = copies.map(|(v, plan)| Ok(dense.gather(v, plan, NEXT, seconds)?.sequence));

@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use kvbudget::score::Queries;
-use kvbudget::{Plan, Ragged};
-use kvbudget_candle::reconstruct::{plan_scored, reconstruct};
+use kvbudget::{Budget, Plan, Ragged};
+use kvbudget_candle::reconstruct::reconstruct;
 use kvbudget_candle::{BudgetCache, SequenceCache};
 
 use super::{Bench, CHUNK};
@@ -71,16 +71,20 @@ impl<'b> Dense<'b> {
         Ok(())
     }
 
-    pub fn plan(&self, variant: &Variant, seconds: &mut Seconds) -> Result<Plan> {
+    /// Plans of the variants. The budgets of a policy that follow each other are planned from one scoring.
+    pub fn plans(&self, variants: &[Variant], seconds: &mut Seconds) -> Result<Vec<Plan>> {
         let start = Instant::now();
-        let (policy, budget) = variant.build()?;
-        let plan = match policy.needs().second_pass {
-            true => plan_scored(&self.cache.sequences()[0], &policy, budget, &self.scores),
-            false => self.cache.plan(0, &policy, budget),
-        };
-        let plan = plan.with_context(|| format!("{} at {}", variant.policy, variant.budget))?;
+        let mut plans = Vec::with_capacity(variants.len());
+        for same in variants.chunk_by(|a, b| a.policy == b.policy) {
+            let built = same.iter().map(Variant::build).collect::<Result<Vec<_>>>()?;
+            let budgets: Vec<Budget> = built.iter().map(|(_, budget)| *budget).collect();
+            let policy = &built[0].0;
+            let scores = policy.needs().second_pass.then_some(self.scores.as_slice());
+            let of_policy = self.cache.plans(0, policy, &budgets, scores);
+            plans.extend(of_policy.with_context(|| same[0].policy.clone())?);
+        }
         seconds.plan += start.elapsed().as_secs_f64();
-        Ok(plan)
+        Ok(plans)
     }
 
     /// What the plan keeps, with room for `slack` more tokens.

@@ -66,8 +66,7 @@ impl Bench {
     ) -> Result<Vec<Outcome>> {
         let mut outcomes = Vec::new();
         let mut sequences = Vec::new();
-        for variant in variants {
-            let plan = dense.plan(variant, seconds)?;
+        for (variant, plan) in variants.iter().zip(dense.plans(variants, seconds)?) {
             let Compressed { variant, slots, sequence } =
                 dense.gather(variant, &plan, prompt.len() + NAME + 8 + ANSWER, seconds)?;
             outcomes.push((variant, slots));
