@@ -303,7 +303,15 @@ fn forks_leave_their_source_alone() -> Result<()> {
     model.forward(&ids, &spans, &mut masked)?;
     for (i, policy) in policies().iter().enumerate() {
         let policy = policy.build().expect("presets build");
-        let plan = source.plan(0, &policy, "25%".parse().expect("a budget"))?;
+        let budgets = ["25%", "60%"].map(|b| b.parse().expect("a budget"));
+        let plan = source.plan(0, &policy, budgets[0])?;
+        // One scoring for all budgets; reference modes score for one.
+        if policy.config().reference.is_none() {
+            let plans = source.plans(0, &policy, &budgets, None)?;
+            assert_eq!(plans, [plan.clone(), source.plan(0, &policy, budgets[1])?]);
+        } else {
+            assert!(source.plans(0, &policy, &budgets, None).is_err());
+        }
         forks.push_sequence(source.sequences()[0].gather(&plan, 4).expect("the plan fits"));
         masked.apply(i, &plan);
     }

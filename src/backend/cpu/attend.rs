@@ -32,10 +32,10 @@ const BLOCK: usize = QUERIES * 256;
 /// Elements of the tile that K and V are widened into, and its rows at most.
 const TILE: usize = 8192;
 const TILE_ROWS: usize = 128;
-/// Products below which waking other threads takes longer than they save: some 20 µs of one thread.
+/// Products below which waking other threads takes longer than they save: some 100 µs of a thread.
 const SMALL: usize = 1 << 18;
 /// Slots that one task attends to.
-const CHUNK: usize = 1024;
+const CHUNK: usize = 256;
 
 type View<'a> = AttendView<'a, HostSlice<'a>>;
 
@@ -48,15 +48,16 @@ pub(super) fn run(
     validate(sequences, out, lse.as_deref())?;
     let items = sequences.iter().map(items).sum::<usize>();
     let sink = Mutex::new((out, lse));
+    let small = sequences.iter().map(products).sum::<usize>() < SMALL;
     let attend = |item| {
         let block = Block::find(op, sequences, item);
-        let part = block.attend();
+        let part = block.attend(small);
         let (out, lse) = &mut *sink.lock().unwrap_or_else(PoisonError::into_inner);
         block.write(&part, out, lse.as_deref_mut());
     };
-    match sequences.iter().map(products).sum::<usize>() {
-        0..SMALL => (0..items).for_each(attend),
-        _ => (0..items).into_par_iter().for_each(attend),
+    match small {
+        true => (0..items).for_each(attend),
+        false => (0..items).into_par_iter().for_each(attend),
     }
     Ok(())
 }
@@ -169,25 +170,29 @@ impl<'a> Block<'a> {
         self.view.k.len(self.head).saturating_sub(hidden)
     }
 
-    fn attend(&self) -> Part {
+    fn attend(&self, alone: bool) -> Part {
         let seen = self.visible(self.rows.len() - 1);
         let mut part = Part::EMPTY;
-        self.reduce(0..seen, &mut part);
+        self.reduce(0..seen, alone, &mut part);
         part
     }
 
-    /// Attention over some slots, halved until a task is small enough.
-    fn reduce(&self, slots: Range<usize>, part: &mut Part) {
+    /// Attention over some slots, halved until a task is small enough; on this thread `alone` if asked to.
+    fn reduce(&self, slots: Range<usize>, alone: bool, part: &mut Part) {
         let chunks = slots.len().div_ceil(CHUNK);
         if chunks <= 1 {
             return self.scan(slots, part);
         }
         let middle = slots.start + chunks / 2 * CHUNK;
         let mut right = Part::EMPTY;
-        rayon::join(
-            || self.reduce(slots.start..middle, part),
-            || self.reduce(middle..slots.end, &mut right),
+        let mut halves = (
+            || self.reduce(slots.start..middle, alone, part),
+            || self.reduce(middle..slots.end, alone, &mut right),
         );
+        match alone {
+            true => (halves.0(), halves.1()),
+            false => rayon::join(halves.0, halves.1),
+        };
         let dim = self.view.k.dim();
         for i in 0..self.rows.len() {
             part.merge(i, dim, &right);
@@ -200,23 +205,24 @@ impl<'a> Block<'a> {
         let mut weights = [[0f32; TILE_ROWS]; QUERIES];
         for start in slots.clone().step_by(TILE_ROWS.min(TILE / dim)) {
             let end = slots.end.min(start + TILE_ROWS.min(TILE / dim));
-            let tile = &mut tile[..(end - start) * dim];
             let seen: [usize; QUERIES] = std::array::from_fn(|i| {
                 if i < n { self.visible(i).clamp(start, end) - start } else { 0 }
             });
-            tile::widen_rows(&view.k, self.head, start..end, tile);
+            let keys =
+                tile::f32_rows(&view.k, self.head, start..end, &mut tile[..(end - start) * dim]);
             simd(
                 #[inline(always)]
-                || logits(dim, &self.q[..n * dim], tile, &mut weights),
+                || logits(dim, &self.q[..n * dim], keys, &mut weights),
             );
-            tile::widen_rows(&view.v, self.head, start..end, tile);
+            let values =
+                tile::f32_rows(&view.v, self.head, start..end, &mut tile[..(end - start) * dim]);
             simd(
                 #[inline(always)]
                 || {
                     for i in 0..n {
                         part.weigh(i, dim, &mut weights[i][..seen[i]]);
                     }
-                    accumulate(dim, &weights, &seen[..n], tile, &mut part.out);
+                    accumulate(dim, &weights, &seen[..n], values, &mut part.out);
                 },
             );
         }

@@ -29,6 +29,26 @@ pub(super) fn widen_rows(
     widen_columns(src, head, rows, 0..src.dim(), dst);
 }
 
+/// `rows` of a head as they lie, where they are f32 and consecutive; otherwise widened into `dst`.
+pub(super) fn f32_rows<'a>(
+    src: &Rows<'_, HostSlice<'a>>,
+    head: usize,
+    rows: Range<usize>,
+    dst: &'a mut [f32],
+) -> &'a [f32] {
+    if let HostSlice::F32(data) = src.storage() {
+        let len = rows.len() * src.dim();
+        let mut runs = src.runs(head, rows.start, rows.end);
+        if let (Some(run), None) = (runs.next(), runs.next())
+            && run.stride == src.dim()
+        {
+            return &data[run.start..run.start + len];
+        }
+    }
+    widen_rows(src, head, rows, dst);
+    dst
+}
+
 /// Widens the given columns of `rows` of a head into consecutive rows of `dst`, which they fill.
 pub(super) fn widen_columns(
     src: &Rows<'_, HostSlice<'_>>,
