@@ -95,6 +95,9 @@ struct ReportArgs {
     /// Policy that others are compared with, sample by sample.
     #[arg(long, default_value = "snapkv")]
     baseline: String,
+    /// Policies that the pictures show; all by default.
+    #[arg(long, value_delimiter = ',')]
+    pictures: Vec<String>,
 }
 
 /// Time prefill and decoding with full and compressed caches, and their memory.
@@ -148,7 +151,7 @@ struct CalibrateArgs {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => sweep(args),
-        Command::Report(args) => report::write(&args.folder, &args.baseline),
+        Command::Report(args) => report::write(&args.folder, &args.baseline, &args.pictures),
         Command::Speed(args) => speed(&args),
         Command::Calibrate(args) => calibrate(&args),
         Command::Worker { model } => {
@@ -187,7 +190,7 @@ fn sweep(mut args: RunArgs) -> Result<()> {
         println!("measured in {:.0} s", start.elapsed().as_secs_f64());
     }
     if args.quick {
-        report::write(&args.out, "snapkv")?;
+        report::write(&args.out, "snapkv", &[])?;
     }
     Ok(())
 }

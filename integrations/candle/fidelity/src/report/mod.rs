@@ -60,8 +60,9 @@ impl Report {
     }
 }
 
-/// Reads a folder of results and writes what they say into it.
-pub fn write(folder: &Path, baseline: &str) -> Result<()> {
+/// Reads a folder of results and writes what they say into it. Pictures show the policies `drawn`, or all if there
+/// are none.
+pub fn write(folder: &Path, baseline: &str, drawn: &[String]) -> Result<()> {
     let records = store::load(folder)?;
     ensure!(!records.is_empty(), "{} holds no results", folder.display());
     let report = Report::new(records, baseline);
@@ -73,7 +74,14 @@ pub fn write(folder: &Path, baseline: &str) -> Result<()> {
     let table = table::markdown(&report);
     print!("{table}");
     save("results.md", table)?;
-    for (name, figure) in picture::pictures(&report) {
+    let mut seen = report;
+    if !drawn.is_empty() {
+        for record in &mut seen.samples {
+            record.outcomes.retain(|o| o.variant.is_full() || drawn.contains(&o.variant.policy));
+        }
+        seen = Report::new(seen.samples, baseline);
+    }
+    for (name, figure) in picture::pictures(&seen) {
         for suffix in ["svg", "png"] {
             picture::save(&figure, &folder.join(format!("{name}.{suffix}")))?;
         }
