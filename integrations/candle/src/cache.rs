@@ -62,7 +62,7 @@ impl BudgetCache {
     }
 
     /// Keeps these queries of sequences that are added later, where the policy alone would keep fewer: for
-    /// [`plan`](Self::plan) with other policies.
+    /// [`plan`](Self::plan) and [`plans`](Self::plans) with other policies.
     pub fn with_queries(mut self, queries: Queries) -> Self {
         self.queries = self.queries.max(queries);
         self
