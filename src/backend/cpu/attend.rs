@@ -6,11 +6,13 @@
 //!
 //! Cost: one read of K and V per block of [`QUERIES`] query rows (at `M = 1` a group is one block), and
 //! `4·G·M·len·D` flops: at `G = 1` memory bound, from `G = 4` on it is the arithmetic, hence tiles of K and V
-//! that are widened once into L1 and met by all queries there. Softmax is online, tile by tile.
+//! that are widened once into L1 and met by all queries there; f32 rows are read where they lie, so that memory is
+//! fetched while the arithmetic goes on. Softmax is online, tile by tile.
 //!
 //! Work is shared out over (sequence, head, block of queries), and inside a head over halves down to
-//! [`CHUNK`] slots by `rayon::join`, whose partial results live on the stack and merge in slot order. Chunks
-//! have a fixed size, so the bits do not depend on threads. Results go out under a mutex: rows are short.
+//! [`CHUNK`] slots by `rayon::join`, whose partial results live on the stack and merge in slot order: heads differ in
+//! length. Chunks have a fixed size, so the bits do not depend on threads. Results go out under a mutex: rows are
+//! short. Below [`SMALL`] the caller's thread does it all, by the same chunks.
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
