@@ -32,6 +32,9 @@ use crate::view::LayerView;
 use contests::{blended, visible};
 use state::State;
 
+/// Below what any measured share is at any place, and still a normal number at the last place.
+const LEAST_SHARE: f32 = 1e-20;
+
 /// A layer that has been pushed. Rows: sequence after sequence, head after head.
 struct Pushed<B: Backend> {
     scores: B::Floats,
@@ -259,12 +262,13 @@ impl<'a, B: Backend> Planner<'a, B> {
         Ok(())
     }
 
-    /// What comes first in each of a layer's segments, and the share that the profile has for it.
+    /// What comes first in each of a layer's segments, and the share that the profile has for it: something, however
+    /// little, or the slots of a head without a share would all be worth the same.
     fn places(&self, l: usize) -> (Ragged<Range<u32>>, Vec<f32>) {
         let segments = self.firsts[l]..self.firsts[l + 1];
         let of = |state: &State| -> Vec<(Vec<Range<u32>>, f32)> {
             let shares = state.profile.as_deref().unwrap_or(&[]);
-            let share = |s: usize| shares.get(s).copied().unwrap_or(0.0);
+            let share = |s: usize| shares.get(s).copied().unwrap_or(0.0).max(LEAST_SHARE);
             segments.clone().map(|s| (state.segments[s].protected.clone(), share(s))).collect()
         };
         let (protected, shares): (Vec<_>, Vec<_>) = self.sequences.iter().flat_map(of).unzip();
