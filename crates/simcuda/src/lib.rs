@@ -1,0 +1,22 @@
+//! A CUDA driver without a GPU: PTX runs on the CPU behind the driver API.
+//!
+//! Built as `libcuda.so`, which unmodified cudarc code opens after [`install`], and as this Rust library, which
+//! tests use to install it and to ask for reports and counters. README.md says what is simulated, what is not, and
+//! how to add an instruction.
+
+// Filled by the modules as they come.
+mod counters;
+mod driver;
+mod exec;
+mod host;
+mod memory;
+mod num;
+mod policy;
+mod ptx;
+mod report;
+mod roofline;
+
+pub use counters::Counters;
+pub use host::{Installed, assert_clean, counters, install, reports, set_policy};
+pub use policy::{Checks, CpAsync, MmaModel, Policy, Schedule, Streams};
+pub use report::{Class, Report};
