@@ -15,12 +15,12 @@ __device__ inline void reduce_rows(const float* in, float* out, float* partials,
     __shared__ float scratch[32];
     u32 row = blockIdx.y, chunks = gridDim.x;
     const float* from = in + row * stride;
-    // In units of four elements; 64-bit because chunks * length may not fit.
-    u32 length = lengths[row], units = length / 4;
-    u32 begin = (u64)units * blockIdx.x / chunks, end = (u64)units * (blockIdx.x + 1) / chunks;
+    // In units of four elements.
+    u32 length = lengths[row], units = length / 4, chunk = (units + chunks - 1) / chunks;
+    u32 end = min((blockIdx.x + 1) * chunk, units);
 
     float x = Op::none();
-    for (u32 unit = begin + threadIdx.x; unit < end; unit += blockDim.x) {
+    for (u32 unit = blockIdx.x * chunk + threadIdx.x; unit < end; unit += blockDim.x) {
         float4 four = reinterpret_cast<const float4*>(from)[unit];
         x = Op::of(x, Op::of(Op::of(four.x, four.y), Op::of(four.z, four.w)));
     }

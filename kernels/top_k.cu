@@ -81,6 +81,7 @@ struct Row {
     }
     __device__ void keys(u32 (&out)[4], float4 x, u32 unit) const {
         out[0] = ordered(x.x), out[1] = ordered(x.y), out[2] = ordered(x.z), out[3] = ordered(x.w);
+#pragma unroll 1
         for (const Range* range = first; range < end; ++range)
             for (u32 i = 0; i < 4; ++i)
                 if (unit * 4 + i >= range->start && unit * 4 + i < range->end) out[i] = PROTECTED;
@@ -130,7 +131,7 @@ __device__ inline void cut_segments(const Contest& contest, const Segment* segme
     for (u32 s = contest.first + threadIdx.x; s < contest.end; s += THREADS) granted += taken(s, above, equal);
     u32 sure, ties_before = 0, kept_before = 0, all;
     block_scan(granted, sure, scratch);
-    u32 rest = budget - sure;
+    u32 rest = budget > sure ? budget - sure : 0;
 
     for (u32 s0 = contest.first; s0 < contest.end; s0 += THREADS) {
         u32 s = s0 + threadIdx.x, count = 0, available = 0;
