@@ -217,10 +217,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     if (apart) suffix_sums(sums, tally.counts[level][0], scratch);
     if (threadIdx.x == 0) tally.above = above;
-    for (u32 i = 0; i < 8; ++i) {
-        u32 bin = 8 * threadIdx.x + i;
-        tally.counts[level][0][bin] = sums[i];
-        atomicAdd(&contest_tally.totals[level][bin], max(floor, above + sums[i]));
+    // Through shared memory, so that lanes write neighbouring bins.
+    uint4* eight = reinterpret_cast<uint4*>(counts[0]) + 2 * threadIdx.x;
+    eight[0] = make_uint4(sums[0], sums[1], sums[2], sums[3]);
+    eight[1] = make_uint4(sums[4], sums[5], sums[6], sums[7]);
+    __syncthreads();
+    for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) {
+        tally.counts[level][0][bin] = counts[0][bin];
+        atomicAdd(&contest_tally.totals[level][bin], max(floor, above + counts[0][bin]));
     }
 
     if (!last_to_arrive(&contest_tally.arrivals, contest.end - contest.first)) return;
