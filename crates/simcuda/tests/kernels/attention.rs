@@ -91,8 +91,8 @@ pub fn window_attention(gpu: &Gpu) -> Outcome {
     // Query heads that share the keys, queries of each, keys a block, distance of rows, lengths.
     let cases: [(usize, usize, usize, usize, &[usize]); 4] = [
         (1, 32, 64, DIM, &[32, 33, 63, 64, 65, 127, 128, 129]),
-        (4, 32, 128, DIM, &[200, 257, 40]),
-        (3, 8, 64, 2 * DIM, &[8, 9, 130, 61]),
+        (4, 32, 256, DIM, &[200, 257, 40]),
+        (3, 8, 128, 2 * DIM, &[8, 9, 130, 61]),
         (1, 1, 192, DIM + 8, &[1, 2, 193, 400]),
     ];
     for ty in &TYPES {

@@ -62,8 +62,17 @@ fn selections(random: &mut Random, units: usize) -> Vec<(usize, Vec<u32>)> {
 }
 
 pub fn gather(gpu: &Gpu) -> Outcome {
+    [1, 8, 12, 16, 64].into_iter().try_for_each(|units| gather_rows(gpu, units))
+}
+
+/// The rows of a 16-bit cache of 128 dimensions.
+pub fn gather_256_bytes(gpu: &Gpu) -> Outcome {
+    gather_rows(gpu, 16)
+}
+
+fn gather_rows(gpu: &Gpu, units: usize) -> Outcome {
     let mut random = Random(3);
-    for units in [1, 8, 12, 16, 64] {
+    {
         let row = units * UNIT;
         let selections = selections(&mut random, units);
         let tiles = selections

@@ -37,6 +37,8 @@ impl From<DriverError> for Failure {
 }
 
 pub type Outcome = Result<(), Failure>;
+/// Launches a file's kernels and looks at the results.
+pub type Drive = fn(&Gpu) -> Outcome;
 
 pub struct Gpu {
     pub stream: Arc<CudaStream>,

@@ -8,15 +8,16 @@
 mod attention;
 mod copy;
 mod gpu;
+mod patterns;
 #[path = "../reference/mod.rs"]
 mod reference;
 mod rows;
 mod top_k;
 
-use gpu::{Gpu, Outcome};
+use gpu::{Drive, Gpu};
 
 /// Under each policy the right result, and nothing to report.
-fn check(ptx: &str, drive: fn(&Gpu) -> Outcome) {
+fn check(ptx: &str, drive: Drive) {
     simcuda::install();
     let device = simcuda::device();
     for policy in gpu::policies() {
@@ -48,4 +49,28 @@ kernels! {
     "append": copy::append as append,
     "window_attention": attention::window_attention as window_attention,
     "attend": attention::attend as attend,
+}
+
+/// Shared memory without bank conflicts, global memory in whole sectors, where kernels promise it.
+#[test]
+fn nothing_is_wasted() {
+    if simcuda::install() == simcuda::Installed::RealDriver {
+        println!("no counters on a real device: not run");
+        return;
+    }
+    let drives: [(&str, Drive); 4] = [
+        (include_str!("../../../../kernels/ptx/pool.ptx"), rows::pool),
+        (include_str!("../../../../kernels/ptx/gather.ptx"), copy::gather_256_bytes),
+        (include_str!("../../../../kernels/ptx/window_attention.ptx"), attention::window_attention),
+        (include_str!("../../../../kernels/ptx/attend.ptx"), attention::attend),
+    ];
+    for (ptx, drive) in drives {
+        let device = simcuda::device();
+        let gpu =
+            Gpu::new(device, ptx, simcuda::Policy::default()).expect("a device and its module");
+        drive(&gpu)
+            .and_then(|()| Ok(gpu.stream.synchronize()?))
+            .expect("what the other tests pass");
+        assert_eq!(patterns::waste(|kernel| simcuda::counters(device, kernel)), Ok(None));
+    }
 }

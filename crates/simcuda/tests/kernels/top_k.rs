@@ -132,7 +132,7 @@ fn cases() -> Vec<Case> {
     let mut guarded = heads(&mut random, &[500, 260, 40, 100], &[4, 20, 0, 100], 300);
     guarded.segments[0].protected = vec![0..4, 468..500];
     guarded.segments[1].protected = vec![0..4, 100..120, 228..260];
-    guarded.segments[3].protected = vec![0..100];
+    guarded.segments[3].protected = vec![0..60, 60..100];
     let awkward = Contest {
         budget: 900,
         segments: [700, 1300, 0, 5]
