@@ -89,7 +89,10 @@ impl Roofline {
     /// The bound for one launch (for several: that of their sum, as if they ran side by side).
     pub fn of(counters: &Counters, device: &Device) -> Bound {
         let all = device.multiprocessors;
-        let busy = u32::try_from(counters.blocks).unwrap_or(all).clamp(1, all);
+        let busy = match u32::try_from(counters.blocks) {
+            Ok(0) | Err(_) => all,
+            Ok(blocks) => blocks.min(all),
+        };
         let clocks = f64::from(busy) * device.clock;
         let Counters { global_load, global_store, global_atomic, .. } = counters;
         let l2 = global_load.sectors + global_store.sectors + global_atomic.sectors;
