@@ -187,7 +187,9 @@ impl Decoder<'_> {
             (Operand::F64(bits), 4) if float => u64::from((f64::from_bits(*bits) as f32).to_bits()),
             (Operand::F32(bits), 8) if float => f64::from(f32::from_bits(*bits)).to_bits(),
             _ => {
-                return Err(self.wrong(&format!("a literal of {}, got {operand:?}", describe(want))));
+                return Err(
+                    self.wrong(&format!("a literal of {}, got {operand:?}", describe(want)))
+                );
             }
         })
     }

@@ -162,7 +162,7 @@ impl Decoder<'_> {
     fn mma(&mut self, i: &Instruction) -> Result<Op> {
         self.count(i, 4..=4)?;
         let kind = match i.opcode.as_str() {
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" => MmaKind::Bf16,
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" => MmaKind::BF16,
             "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32" => MmaKind::F16,
             _ => return self.unknown(i),
         };

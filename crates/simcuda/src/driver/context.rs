@@ -27,7 +27,15 @@ pub struct Context {
 
 impl Context {
     pub fn new(flags: u32, legacy: Handle) -> Self {
-        let limits = BTreeMap::from([(0, 1024), (1, 1 << 20), (2, 8 << 20), (3, 2), (4, 2048), (5, 64), (6, 0)]);
+        let limits = BTreeMap::from([
+            (0, 1024),
+            (1, 1 << 20),
+            (2, 8 << 20),
+            (3, 2),
+            (4, 2048),
+            (5, 64),
+            (6, 0),
+        ]);
         Self {
             flags,
             limits,

@@ -21,7 +21,11 @@ use super::work::{Action, hash_of};
 
 /// A host address of a copy: null and device addresses are refused, where a dereference would fault.
 fn host(device: &Device, at: Host, bytes: usize) -> Cu {
-    if at.0 == 0 || device.range(at.0 as u64, bytes as u64).is_ok() { Err(Status::INVALID_VALUE) } else { Ok(()) }
+    if at.0 == 0 || device.range(at.0 as u64, bytes as u64).is_ok() {
+        Err(Status::INVALID_VALUE)
+    } else {
+        Ok(())
+    }
 }
 
 fn to_device(device: &mut Device, stream: Handle, at: u64, from: Host, bytes: usize) -> Cu {

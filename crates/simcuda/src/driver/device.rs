@@ -106,7 +106,7 @@ impl Device {
         let mut device = Self {
             ordinal,
             policy: Policy::default(),
-            memory: Memory::new(ordinal as u32, CAPACITY),
+            memory: Memory::new(ordinal as usize, CAPACITY),
             allocations: BTreeMap::new(),
             contexts: BTreeMap::new(),
             retained: 0,
@@ -179,8 +179,12 @@ impl Device {
         self.graphs.retain(|_, graph| graph.context != context);
         self.execs.retain(|_, exec| exec.graph.context != context);
         super::pinned::forget(context);
-        let addresses: Vec<u64> =
-            self.allocations.iter().filter(|(_, a)| a.context == context).map(|(&at, _)| at).collect();
+        let addresses: Vec<u64> = self
+            .allocations
+            .iter()
+            .filter(|(_, a)| a.context == context)
+            .map(|(&at, _)| at)
+            .collect();
         for at in addresses {
             self.release(at);
         }
@@ -207,7 +211,8 @@ impl Device {
 
     /// The allocation that holds `bytes` bytes from here on, if it may still be used.
     pub fn range(&self, at: u64, bytes: u64) -> Cu<&Allocation> {
-        let (start, allocation) = self.allocations.range(..=at).next_back().ok_or(Status::INVALID_VALUE)?;
+        let (start, allocation) =
+            self.allocations.range(..=at).next_back().ok_or(Status::INVALID_VALUE)?;
         let inside = at - start;
         if allocation.freeing || inside > allocation.bytes || bytes > allocation.bytes - inside {
             return Err(Status::INVALID_VALUE);

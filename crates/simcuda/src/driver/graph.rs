@@ -41,7 +41,8 @@ impl Device {
     /// Puts a graph into a stream: a beginning, the nodes in their order, an end.
     fn launch_graph(&mut self, exec: Handle, stream: Handle) -> Cu {
         let found = self.execs.get(&exec).ok_or(Status::INVALID_HANDLE)?;
-        let (graph, mut actors, last) = (found.graph.clone(), found.actors.clone(), found.last.clone());
+        let (graph, mut actors, last) =
+            (found.graph.clone(), found.actors.clone(), found.last.clone());
         for node in &graph.nodes {
             if let Action::Launch(launch) = &node.action
                 && !self.modules.contains_key(&launch.module.handle)

@@ -24,8 +24,12 @@ impl Shape {
     fn check(&self, function: &Function, cooperative: bool) -> Cu {
         let kernel = function.kernel();
         let threads: u64 = self.block.iter().map(|&n| u64::from(n)).product();
-        let beyond = |dims: [u32; 3], max: [u32; 3]| dims.iter().zip(max).any(|(&n, max)| n == 0 || n > max);
-        if beyond(self.grid, GRID_DIM) || beyond(self.block, BLOCK_DIM) || threads > u64::from(THREADS_PER_BLOCK) {
+        let beyond =
+            |dims: [u32; 3], max: [u32; 3]| dims.iter().zip(max).any(|(&n, max)| n == 0 || n > max);
+        if beyond(self.grid, GRID_DIM)
+            || beyond(self.block, BLOCK_DIM)
+            || threads > u64::from(THREADS_PER_BLOCK)
+        {
             return Err(Status::INVALID_VALUE);
         }
         let threads = threads as u32;
@@ -71,7 +75,14 @@ fn from_extra(kernel: &Kernel, extra: In<usize>) -> Cu<Vec<u8>> {
         match extra.at(at)? {
             0 => break,
             POINTER => buffer = Host(extra.at(at + 1)?),
-            SIZE => bytes = usize::from_ne_bytes(Host(extra.at(at + 1)?).bytes(size_of::<usize>()).try_into().map_err(|_| Status::INVALID_VALUE)?),
+            SIZE => {
+                bytes = usize::from_ne_bytes(
+                    Host(extra.at(at + 1)?)
+                        .bytes(size_of::<usize>())
+                        .try_into()
+                        .map_err(|_| Status::INVALID_VALUE)?,
+                )
+            }
             _ => return Err(Status::INVALID_VALUE),
         }
         at += 2;
@@ -82,7 +93,14 @@ fn from_extra(kernel: &Kernel, extra: In<usize>) -> Cu<Vec<u8>> {
     Ok(buffer.bytes(bytes).to_vec())
 }
 
-fn launch(function: Handle, shape: Shape, stream: Handle, array: In<Host>, extra: In<usize>, cooperative: bool) -> Cu {
+fn launch(
+    function: Handle,
+    shape: Shape,
+    stream: Handle,
+    array: In<Host>,
+    extra: In<usize>,
+    cooperative: bool,
+) -> Cu {
     let (mut device, context) = device::current()?;
     let found = device.function(function)?;
     if found.context != context {
@@ -97,7 +115,14 @@ fn launch(function: Handle, shape: Shape, stream: Handle, array: In<Host>, extra
         (_, _, true) => from_array(kernel, array)?,
     };
     let Shape { grid, block, dynamic_shared } = shape;
-    let launch = Launch { module: found.module.clone(), kernel: found.kernel, grid, block, dynamic_shared, params };
+    let launch = Launch {
+        module: found.module.clone(),
+        kernel: found.kernel,
+        grid,
+        block,
+        dynamic_shared,
+        params,
+    };
     let stream = device.stream(context, stream)?;
     device.submit(stream, Action::Launch(Arc::new(launch)))
 }

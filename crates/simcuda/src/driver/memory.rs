@@ -13,7 +13,13 @@ use crate::Class;
 
 impl Device {
     /// Takes memory for a context.
-    pub fn allocate(&mut self, context: Handle, bytes: u64, pool: Option<Handle>, variable: bool) -> Cu<u64> {
+    pub fn allocate(
+        &mut self,
+        context: Handle,
+        bytes: u64,
+        pool: Option<Handle>,
+        variable: bool,
+    ) -> Cu<u64> {
         if let Some(pool) = pool {
             self.pools.get_mut(&pool).ok_or(Status::INVALID_VALUE)?.take(bytes)?;
         }

@@ -80,7 +80,10 @@ fn guard(name: &str, call: impl FnOnce() -> Cu) -> u32 {
             let text = (panic.downcast_ref::<String>().map(String::as_str))
                 .or_else(|| panic.downcast_ref::<&str>().copied())
                 .unwrap_or("no message");
-            log(finding(Class::Unsupported, format!("{name} panicked inside the simulator: {text}")));
+            log(finding(
+                Class::Unsupported,
+                format!("{name} panicked inside the simulator: {text}"),
+            ));
             Status::UNKNOWN.0
         }
     }
@@ -88,7 +91,14 @@ fn guard(name: &str, call: impl FnOnce() -> Cu) -> u32 {
 
 /// A report that is not about a launch.
 fn finding(class: Class, message: String) -> Report {
-    Report { class, message, kernel: String::new(), source: None, instruction: String::new(), thread: None }
+    Report {
+        class,
+        message,
+        kernel: String::new(),
+        source: None,
+        instruction: String::new(),
+        thread: None,
+    }
 }
 
 /// Adds a report to the current device, or to device 0 where none is current.

@@ -48,7 +48,8 @@ impl Function {
 
 /// `.version` of a PTX text, wherever comments leave it.
 fn version(text: &str) -> Option<(u32, u32)> {
-    let line = text.lines().find_map(|line| line.split("//").next()?.trim().strip_prefix(".version"))?;
+    let line =
+        text.lines().find_map(|line| line.split("//").next()?.trim().strip_prefix(".version"))?;
     let (major, minor) = line.trim().split_once('.')?;
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
@@ -63,13 +64,22 @@ impl Device {
 
     fn load(&mut self, context: Handle, image: &[u8]) -> Cu<Handle> {
         if image.starts_with(b"\x7fELF") || image.starts_with(&[0x50, 0xed, 0x55, 0xba]) {
-            return Err(self.refuse_image(Status::INVALID_IMAGE, "expected PTX text, got a cubin or fatbin".into()));
+            return Err(self.refuse_image(
+                Status::INVALID_IMAGE,
+                "expected PTX text, got a cubin or fatbin".into(),
+            ));
         }
         let Ok(text) = std::str::from_utf8(image) else {
-            return Err(self.refuse_image(Status::INVALID_IMAGE, "expected PTX text, got what is not UTF-8".into()));
+            return Err(self.refuse_image(
+                Status::INVALID_IMAGE,
+                "expected PTX text, got what is not UTF-8".into(),
+            ));
         };
         if let Some(version) = version(text).filter(|&version| version > PTX_VERSION) {
-            let reason = format!("PTX {}.{} is newer than the emulated driver's {}.{}", version.0, version.1, PTX_VERSION.0, PTX_VERSION.1);
+            let reason = format!(
+                "PTX {}.{} is newer than the emulated driver's {}.{}",
+                version.0, version.1, PTX_VERSION.0, PTX_VERSION.1
+            );
             return Err(self.refuse_image(Status::UNSUPPORTED_PTX_VERSION, reason));
         }
         let mut module = match ptx::Module::load(text) {

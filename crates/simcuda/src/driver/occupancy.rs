@@ -2,8 +2,8 @@
 
 use super::abi::Out;
 use super::attributes::{
-    BLOCKS_PER_MULTIPROCESSOR, MULTIPROCESSORS, REGISTERS, SHARED_OPT_IN, SHARED_PER_MULTIPROCESSOR, SHARED_RESERVED,
-    THREADS_PER_BLOCK, THREADS_PER_MULTIPROCESSOR,
+    BLOCKS_PER_MULTIPROCESSOR, MULTIPROCESSORS, REGISTERS, SHARED_OPT_IN,
+    SHARED_PER_MULTIPROCESSOR, SHARED_RESERVED, THREADS_PER_BLOCK, THREADS_PER_MULTIPROCESSOR,
 };
 use super::device;
 use super::handle::{Handle, Kind};
@@ -48,8 +48,15 @@ pub(crate) fn device_blocks(kernel: &Kernel, threads: u32, dynamic_shared: u32) 
 /// CUoccupancyB2DSize.
 type SharedOfThreads = extern "C" fn(i32) -> usize;
 
-fn blocks(blocks: &Out<i32>, function: Handle, threads: i32, dynamic_shared: usize, flags: u32) -> Cu {
-    let threads = u32::try_from(threads).ok().filter(|&threads| threads > 0).ok_or(Status::INVALID_VALUE)?;
+fn blocks(
+    blocks: &Out<i32>,
+    function: Handle,
+    threads: i32,
+    dynamic_shared: usize,
+    flags: u32,
+) -> Cu {
+    let threads =
+        u32::try_from(threads).ok().filter(|&threads| threads > 0).ok_or(Status::INVALID_VALUE)?;
     if flags > 1 {
         return Err(Status::INVALID_VALUE);
     }

@@ -53,8 +53,16 @@ impl Device {
     pub fn open_stream(&mut self, context: Handle, role: Role, priority: i32) -> Handle {
         let handle = self.handle(Kind::Stream);
         let actor = self.actor();
-        let stream =
-            Stream { context, role, priority, actor, seq: 0, clock: Clock::default(), last: None, capture: None };
+        let stream = Stream {
+            context,
+            role,
+            priority,
+            actor,
+            seq: 0,
+            clock: Clock::default(),
+            last: None,
+            capture: None,
+        };
         self.streams.insert(handle, stream);
         handle
     }

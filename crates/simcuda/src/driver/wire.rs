@@ -163,7 +163,8 @@ mod tests {
 
     #[test]
     fn policies_return() {
-        let schedules = [Schedule::InOrder, Schedule::Quantum(37), Schedule::OneBlock, Schedule::Random];
+        let schedules =
+            [Schedule::InOrder, Schedule::Quantum(37), Schedule::OneBlock, Schedule::Random];
         for (n, schedule) in schedules.into_iter().enumerate() {
             let policy = Policy {
                 schedule,

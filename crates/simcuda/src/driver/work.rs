@@ -38,15 +38,40 @@ pub enum Action {
     /// Gives an event its time.
     Record(Handle),
     /// Bytes staged at submission.
-    Write { at: u64, bytes: Arc<[u8]> },
+    Write {
+        at: u64,
+        bytes: Arc<[u8]>,
+    },
     /// Bytes read at execution; with the hash they had at submission, unless in a graph.
-    WriteFrom { at: u64, from: Host, bytes: usize, hash: Option<u64> },
-    Read { at: u64, to: Host, bytes: usize },
-    Copy { to: u64, from: u64, bytes: u64 },
-    Fill { at: u64, pattern: Arc<[u8]>, count: u64 },
+    WriteFrom {
+        at: u64,
+        from: Host,
+        bytes: usize,
+        hash: Option<u64>,
+    },
+    Read {
+        at: u64,
+        to: Host,
+        bytes: usize,
+    },
+    Copy {
+        to: u64,
+        from: u64,
+        bytes: u64,
+    },
+    Fill {
+        at: u64,
+        pattern: Arc<[u8]>,
+        count: u64,
+    },
     Launch(Arc<Launch>),
-    Call { function: HostFunction, data: Host },
-    Free { at: u64 },
+    Call {
+        function: HostFunction,
+        data: Host,
+    },
+    Free {
+        at: u64,
+    },
 }
 
 /// Submitted work.
@@ -141,7 +166,14 @@ impl Device {
     }
 
     /// Work of a graph's branch: its own actor, no stream.
-    pub fn enqueue_branch(&mut self, context: Handle, role: Role, after: Vec<u64>, order: OpOrder, action: Action) -> u64 {
+    pub fn enqueue_branch(
+        &mut self,
+        context: Handle,
+        role: Role,
+        after: Vec<u64>,
+        order: OpOrder,
+        action: Action,
+    ) -> u64 {
         let id = self.work.last;
         self.add(id, Task { context, role, after, order, action });
         id
@@ -227,7 +259,8 @@ impl Device {
     fn step(&mut self) {
         let pending = &self.work.pending;
         let ready = |task: &Task| !task.after.iter().any(|before| pending.contains_key(before));
-        let ready: Vec<u64> = pending.iter().filter(|(_, task)| ready(task)).map(|(&id, _)| id).collect();
+        let ready: Vec<u64> =
+            pending.iter().filter(|(_, task)| ready(task)).map(|(&id, _)| id).collect();
         let choice = match self.policy.streams {
             Streams::Eager => 0,
             Streams::Lazy => self.work.random(ready.len().max(1)),
@@ -246,7 +279,9 @@ impl Device {
         let outcome = match action {
             Action::Mark => Ok(()),
             Action::Record(event) => {
-                if let Some(record) = self.events.get_mut(&event).and_then(|event| event.record.as_mut()) {
+                if let Some(record) =
+                    self.events.get_mut(&event).and_then(|event| event.record.as_mut())
+                {
                     record.time = Some(Instant::now());
                 }
                 Ok(())
@@ -286,10 +321,12 @@ impl Device {
     /// A copy to the host. Undefined bytes are reported but copied: hardware would, and nothing ran wrong.
     pub fn read(&mut self, at: u64, to: Host, bytes: usize, order: &OpOrder) -> Result<(), Fault> {
         let mut data = vec![0; bytes];
-        match self.memory.read(at, &mut data, self.policy.checks.init, order) {
+        match self.memory.read(at, &mut data, order, self.policy.checks.init) {
             Err(fault) if fault.class == Class::Uninitialised => {
-                self.log.reports.push(finding(fault.class, format!("copy to the host: {}", fault.message)));
-                self.memory.read(at, &mut data, false, order)?;
+                self.log
+                    .reports
+                    .push(finding(fault.class, format!("copy to the host: {}", fault.message)));
+                self.memory.read(at, &mut data, order, false)?;
             }
             outcome => outcome?,
         }

@@ -139,6 +139,7 @@ impl Block {
         barrier.truths += arrival.truths;
         barrier.voters += arrival.voters;
         if matches!(arrival.kind, BarrierKind::Arrive) {
+            grid.clocks.arrive(self.warps[w].global, arrival.id);
             self.warps[w].resume(None);
         } else {
             barrier.waiting |= 1 << w;
@@ -148,7 +149,7 @@ impl Block {
             return Ok(());
         }
         let barrier = std::mem::take(barrier);
-        grid.clocks.barrier(self.index, barrier.arrived.into());
+        grid.clocks.barrier(self.index, arrival.id, barrier.waiting.into());
         for w in (0..self.warps.len()).filter(|w| barrier.waiting >> w & 1 == 1) {
             let result = match self.warps[w].waits_as() {
                 Some(BarrierKind::Popc(..)) => Some(barrier.truths),

@@ -44,13 +44,12 @@ pub fn run(launch: &Launch<'_>, memory: &mut Memory, policy: &Policy) -> Outcome
     let warps_per_block = threads.div_ceil(32);
     let mut meter = Meter::default();
     meter.launch(blocks.into(), threads.into());
-    memory.begin(&launch.op);
     let mut grid = Grid {
         launch,
         code: &launch.kernel.code,
         memory,
         policy,
-        clocks: Clocks::new(blocks, warps_per_block),
+        clocks: Clocks::new(&launch.op, blocks, warps_per_block),
         meter,
         env: Env { perturb: policy.perturb.then_some(policy.seed) },
         printed: String::new(),
@@ -101,7 +100,10 @@ impl Grid<'_> {
             let mut block = running.swap_remove(at);
             let turn = if random { 1 + self.random(200) } else { quantum };
             match block.turn(self, turn)? {
-                Turn::Done => spare.push(block),
+                Turn::Done => {
+                    self.clocks.retire(block.index);
+                    spare.push(block);
+                }
                 Turn::Running => {
                     running.push(block);
                     let last = running.len() - 1;
