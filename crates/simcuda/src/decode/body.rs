@@ -47,14 +47,14 @@ pub(super) struct Decoder<'a> {
     frames: Vec<Frame>,
     code: Code,
     shared: Shared,
-    constants: HashMap<(u64, bool, Option<Place2>), Slot>,
+    constants: HashMap<(u64, bool, Option<Anchor>), Slot>,
     truth: Option<Slot>,
     dynamic: Vec<Slot>,
     place: Place,
 }
 
 /// What a constant's address depends on: a module variable, or (None) the dynamic shared memory.
-type Place2 = Option<usize>;
+type Anchor = Option<usize>;
 
 /// Decodes an entry. `text` is the PTX, for reports.
 pub fn decode(file: &File, function: &Function, lines: &[&str]) -> Result<(Code, Shared)> {
@@ -219,19 +219,19 @@ impl Decoder<'_> {
         self.constant_row(bits, wide, None)
     }
 
-    pub(super) fn placed(&mut self, binding: Binding, want: Type) -> Slot {
+    pub(super) fn placed(&mut self, binding: Binding, offset: i64, want: Type) -> Slot {
         let variable = match binding {
             Binding::Variable(i) => Some(i),
             _ => None,
         };
-        let slot = self.constant_row(0, want.bytes == 8, Some(variable));
+        let slot = self.constant_row(offset as u64, want.bytes == 8, Some(variable));
         if variable.is_none() && !self.dynamic.contains(&slot) {
             self.dynamic.push(slot);
         }
         slot
     }
 
-    fn constant_row(&mut self, bits: u64, wide: bool, place: Option<Place2>) -> Slot {
+    fn constant_row(&mut self, bits: u64, wide: bool, place: Option<Anchor>) -> Slot {
         if let Some(&slot) = self.constants.get(&(bits, wide, place)) {
             return slot;
         }

@@ -28,8 +28,14 @@ impl Decoder<'_> {
                 Some(Binding::Register(slot, has)) => {
                     self.fits(name, has, want, fit).map(|()| slot)
                 }
-                Some(binding) => self.address_of(binding, want),
+                Some(binding) => self.address_of(binding, 0, want),
                 None => self.special(name, want),
+            },
+            Operand::Offset(name, offset) => match self.lookup(name) {
+                Some(Binding::Register(..)) | None => {
+                    Err(self.wrong(&format!("a variable before `+`, got `{name}`")))
+                }
+                Some(binding) => self.address_of(binding, *offset, want),
             },
             Operand::Not(name) => Err(self.wrong(&format!("a register without `!`, got !{name}"))),
             _ => {
@@ -112,15 +118,15 @@ impl Decoder<'_> {
         }
     }
 
-    fn address_of(&mut self, binding: Binding, want: Type) -> Result<Slot> {
+    fn address_of(&mut self, binding: Binding, offset: i64, want: Type) -> Result<Slot> {
         if want.bytes < 4 || want.kind == Kind::Float {
             return Err(self.wrong("a register: an address does not fit here"));
         }
         Ok(match binding {
             Binding::Shared(at) | Binding::Local(at) | Binding::Param(at) => {
-                self.constant(at.into(), want)
+                self.constant((i64::from(at) + offset) as u64, want)
             }
-            Binding::Variable(_) | Binding::Dynamic => self.placed(binding, want),
+            Binding::Variable(_) | Binding::Dynamic => self.placed(binding, offset, want),
             Binding::Register(slot, _) => slot,
         })
     }

@@ -2,7 +2,7 @@
 
 use super::block::Surroundings;
 use super::grid::Grid;
-use super::warp::Warp;
+use super::warp::{Warp, Width};
 use super::{LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
 use crate::Class;
 use crate::decode::op::{Address, Elements, Inst, NONE, Op, Semantics, Space};
@@ -47,7 +47,7 @@ impl Warp {
         if a.base == NONE {
             return Ok([a.offset as u64; 32]);
         }
-        self.expect_defined(a.base, mask, "the address")?;
+        self.expect_defined(a.base, Width::wide(a.wide), mask, "the address")?;
         let offset = a.offset as u64;
         if a.wide {
             let base = self.registers.wide(a.base);
@@ -222,7 +222,7 @@ impl Warp {
                 });
                 self.write_bits(slot, to.wide, active, &value);
             }
-            self.define(slot, false, active, active);
+            self.define(slot, Width::wide(to.wide), active, active);
         }
     }
 
@@ -231,7 +231,12 @@ impl Warp {
         let mut data: Lanes = [[0; 16]; 32];
         let bytes = usize::from(from.bytes);
         for (i, &slot) in from.slots[..usize::from(from.count)].iter().enumerate() {
-            self.expect_defined(slot, active, "the value to store")?;
+            self.expect_defined(
+                slot,
+                Width::wide(from.wide && from.bytes == 8),
+                active,
+                "the value to store",
+            )?;
             let value = self.bits(slot, from.wide);
             for (lane, out) in data.iter_mut().enumerate() {
                 out[bytes * i..bytes * (i + 1)]

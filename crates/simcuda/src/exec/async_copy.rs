@@ -7,7 +7,7 @@
 use super::access::request;
 use super::block::Surroundings;
 use super::grid::Grid;
-use super::warp::Warp;
+use super::warp::{Warp, Width};
 use crate::Class;
 use crate::CpAsync;
 use crate::decode::op::{Inst, NONE, Op, Semantics, Space};
@@ -52,7 +52,7 @@ impl Warp {
                 let mut reads = active;
                 let width = u32::from(bytes);
                 if size != NONE {
-                    self.expect_defined(size, active, "the source size")?;
+                    self.expect_defined(size, Width::Narrow, active, "the source size")?;
                     let sizes = self.registers.rows[size as usize].0;
                     for lane in (0..32).filter(|l| active >> l & 1 == 1) {
                         // Zero bytes read nothing; what is not read is zero.
@@ -209,7 +209,7 @@ impl Warp {
             }
             Op::Mma { kind, d, a, b, c } => {
                 for &slot in a.iter().chain(&b).chain(&c) {
-                    self.expect_defined(slot, go, "a fragment")?;
+                    self.expect_defined(slot, Width::Narrow, go, "a fragment")?;
                 }
                 let row = |slot: u32| &self.registers.rows[slot as usize].0;
                 let result =

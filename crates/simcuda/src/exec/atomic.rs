@@ -5,10 +5,11 @@ use half::{bf16, f16};
 use super::access::request;
 use super::block::Surroundings;
 use super::grid::Grid;
-use super::warp::Warp;
+use super::warp::{Warp, Width};
 use crate::Class;
 use crate::decode::op::{Inst, NONE, Op, Rmw, Space, Word};
 use crate::memory::Fault;
+use crate::num::round;
 
 impl Warp {
     pub(super) fn atomic(
@@ -24,12 +25,12 @@ impl Warp {
         };
         let wide = word.bytes() == 8;
         let addresses = self.addresses(address, active)?;
-        self.expect_defined(b, active, "the operand")?;
+        self.expect_defined(b, Width::wide(wide), active, "the operand")?;
         let operand = self.bits(b, wide);
         let new = match c {
             NONE => [0; 32],
             _ => {
-                self.expect_defined(c, active, "the new value")?;
+                self.expect_defined(c, Width::wide(wide), active, "the new value")?;
                 self.bits(c, wide)
             }
         };
@@ -38,7 +39,7 @@ impl Warp {
         for (space, mask, at) in Self::spaces(space, active, &addresses) {
             let r = request(self, mask, &at, word.bytes().into(), semantics, pc);
             let mut apply = |lane: usize, old: u64| {
-                let value = modify(rmw, word, old, operand[lane], new[lane]);
+                let value = modify(rmw, word, space, old, operand[lane], new[lane]);
                 changed |= value != old;
                 value
             };
@@ -62,23 +63,30 @@ impl Warp {
         }
         if dst != NONE {
             self.write_bits(dst, wide, active, &result);
-            self.define(dst, false, active, active);
+            self.define(dst, Width::wide(wide), active, active);
         }
         Ok(())
     }
 }
 
-/// The new value. Float additions round to nearest, once; subnormals are kept.
-fn modify(rmw: Rmw, word: Word, old: u64, b: u64, c: u64) -> u64 {
+/// The new value. Float additions round to nearest, once. In global memory `add.f32` flushes subnormals, in shared
+/// memory it keeps them (PTX ISA, `atom`).
+fn modify(rmw: Rmw, word: Word, space: Space, old: u64, b: u64, c: u64) -> u64 {
     let (old32, b32) = (old as u32, b as u32);
     match (rmw, word) {
-        (Rmw::Add, Word::F32) => u64::from((f32::from_bits(old32) + f32::from_bits(b32)).to_bits()),
+        (Rmw::Add, Word::F32) => {
+            let keep = |x: f32| if space == Space::Global { round::flush(x) } else { x };
+            let sum = keep(keep(f32::from_bits(old32)) + keep(f32::from_bits(b32)));
+            u64::from(if sum.is_nan() { 0x7fff_ffff } else { sum.to_bits() })
+        }
         (Rmw::Add, Word::F64) => (f64::from_bits(old) + f64::from_bits(b)).to_bits(),
         (Rmw::Add, Word::F16x2) => halves(old32, b32, |x, y| {
-            f16::from_f32(f16::from_bits(x).to_f32() + f16::from_bits(y).to_f32()).to_bits()
+            let sum = f16::from_f32(f16::from_bits(x).to_f32() + f16::from_bits(y).to_f32());
+            if sum.is_nan() { 0x7fff } else { sum.to_bits() }
         }),
         (Rmw::Add, Word::Bf16x2) => halves(old32, b32, |x, y| {
-            bf16::from_f32(bf16::from_bits(x).to_f32() + bf16::from_bits(y).to_f32()).to_bits()
+            let sum = bf16::from_f32(bf16::from_bits(x).to_f32() + bf16::from_bits(y).to_f32());
+            if sum.is_nan() { 0x7fff } else { sum.to_bits() }
         }),
         (Rmw::Add, Word::U32 | Word::S32) => u64::from(old32.wrapping_add(b32)),
         (Rmw::Add, _) => old.wrapping_add(b),

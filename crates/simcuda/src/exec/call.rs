@@ -24,14 +24,17 @@ impl Warp {
         pc: u32,
         active: u32,
     ) -> Result<(), Fault> {
+        let mut results: Lanes = [[0; 16]; 32];
         for lane in (0..32u32).filter(|l| active >> l & 1 == 1) {
             let mut reader = Reader { warp: self, grid, around, lane, pc };
             match builtin {
                 Builtin::Printf => {
                     let format = reader.local(params[0], 8)?;
                     let arguments = reader.local(params[1], 8)?;
-                    let text = reader.format(format, arguments)?;
+                    let (text, count) = reader.format(format, arguments)?;
                     grid.printed += &text;
+                    // `printf` answers the number of arguments.
+                    results[lane as usize][..4].copy_from_slice(&count.to_le_bytes());
                 }
                 Builtin::AssertFail => {
                     let message = reader.local(params[0], 8)?;
@@ -51,7 +54,7 @@ impl Warp {
         if result != u32::MAX {
             let at = [u64::from(result); 32];
             let r = request(self, active, &at, 4, WEAK, pc);
-            self.store(grid, around, Space::Local, &r, &[[0; 16]; 32])?;
+            self.store(grid, around, Space::Local, &r, &results)?;
         }
         Ok(())
     }
@@ -92,10 +95,10 @@ impl Reader<'_, '_, '_> {
     }
 
     /// C's format, with arguments packed as C promotes them: 4 bytes for int, 8 for long, pointers and double.
-    fn format(&mut self, format: u64, arguments: u64) -> Result<String, Fault> {
+    fn format(&mut self, format: u64, arguments: u64) -> Result<(String, u32), Fault> {
         let format = self.text(format)?;
         let mut out = String::new();
-        let mut offset = 0u64;
+        let (mut offset, mut count) = (0u64, 0);
         let mut chars = format.chars().peekable();
         while let Some(c) = chars.next() {
             if c != '%' {
@@ -113,6 +116,7 @@ impl Reader<'_, '_, '_> {
                 }
             };
             let mut argument = |reader: &mut Self, width: u32| {
+                count += 1;
                 offset = offset.next_multiple_of(width.into());
                 offset += u64::from(width);
                 reader.read(arguments + offset - u64::from(width), width)
@@ -159,6 +163,6 @@ impl Reader<'_, '_, '_> {
                 (false, false) => format!("{value:>pad$}"),
             };
         }
-        Ok(out)
+        Ok((out, count))
     }
 }

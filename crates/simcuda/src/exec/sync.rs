@@ -2,7 +2,7 @@
 
 use super::block::Surroundings;
 use super::grid::Grid;
-use super::warp::{Arrival, Warp};
+use super::warp::{Arrival, Warp, Width};
 use crate::Class;
 use crate::decode::op::{BarrierKind, Inst, NONE, Op, Predicate, Rmw, Shuffle, Vote};
 use crate::memory::Fault;
@@ -34,7 +34,7 @@ impl Warp {
                 () => Readiness::Wait,
             });
         };
-        self.expect_defined(slot, callers, "the member mask")?;
+        self.expect_defined(slot, Width::Narrow, callers, "the member mask")?;
         let masks = &self.registers.rows[slot as usize].0;
         let mut go = 0;
         let mut left = callers;
@@ -81,7 +81,7 @@ impl Warp {
         let Op::Barrier { kind, id, count } = inst.op else { unreachable!("only barriers arrive") };
         let lane = go.trailing_zeros();
         let uniform = |slot, what: &str| {
-            self.expect_defined(slot, go, what)?;
+            self.expect_defined(slot, Width::Narrow, go, what)?;
             let row = &self.registers.rows[slot as usize].0;
             let value = row[lane as usize];
             match (0..32).find(|&l| go >> l & 1 == 1 && row[l] != value) {
@@ -138,8 +138,8 @@ impl Warp {
         match inst.op {
             Op::WarpBarrier { .. } => grid.clocks.warp_sync(self.global),
             Op::Shuffle { mode, dst, valid, src, lane, clamp, .. } => {
-                self.expect_defined(lane, group, "the lane operand")?;
-                self.expect_defined(clamp, group, "the clamp operand")?;
+                self.expect_defined(lane, Width::Narrow, group, "the lane operand")?;
+                self.expect_defined(clamp, Width::Narrow, group, "the clamp operand")?;
                 let rows = &self.registers.rows;
                 let (from, b, c) =
                     (rows[src as usize].0, rows[lane as usize].0, rows[clamp as usize].0);
@@ -161,7 +161,7 @@ impl Warp {
                 }
                 self.write(dst, group, &out);
                 if dst != NONE {
-                    self.define(dst, false, group, defined);
+                    self.define(dst, Width::Narrow, group, defined);
                 }
                 self.write_predicate(valid, group, truth);
             }
@@ -188,7 +188,7 @@ impl Warp {
                 self.write_predicate(dst, group, if truth { group } else { 0 });
             }
             Op::Match { all, dst, valid, src, wide, .. } => {
-                self.expect_defined(src, group, "the value to match")?;
+                self.expect_defined(src, Width::wide(wide), group, "the value to match")?;
                 let values = self.bits(src, wide);
                 let equal = |a: u32| {
                     (0..32u32)
@@ -209,7 +209,7 @@ impl Warp {
                 self.write(dst, group, &out);
             }
             Op::Redux { rmw, signed, dst, src, .. } => {
-                self.expect_defined(src, group, "the value to reduce")?;
+                self.expect_defined(src, Width::Narrow, group, "the value to reduce")?;
                 let row = self.registers.rows[src as usize].0;
                 let values = (0..32).filter(|l| group >> l & 1 == 1).map(|l: usize| row[l]);
                 let result = values.reduce(|a, b| match (rmw, signed) {

@@ -6,7 +6,7 @@
 //! waits until the lanes the operation names are there, and others run meanwhile. A lane may also spin on another lane
 //! of its warp: after many backward branches in a row, others get a turn.
 
-use super::alu::Ty;
+use super::alu::{Alu, Ty};
 use super::async_copy::Copies;
 use super::block::Surroundings;
 use super::grid::Grid;
@@ -26,6 +26,29 @@ const SPINS: u32 = 64;
 pub(super) struct Split {
     pub pc: u32,
     pub mask: u32,
+}
+
+/// What a slot is. The halves of a 64-bit register are tainted apart: compilers pack a value with garbage and take
+/// the value out again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Width {
+    Predicate,
+    Narrow,
+    Wide,
+}
+
+impl Width {
+    pub fn wide(wide: bool) -> Self {
+        if wide { Self::Wide } else { Self::Narrow }
+    }
+
+    fn of(ty: Ty) -> Self {
+        match ty.bits() {
+            1 => Self::Predicate,
+            64 => Self::Wide,
+            _ => Self::Narrow,
+        }
+    }
 }
 
 /// A warp's arrival at a block barrier.
@@ -120,7 +143,7 @@ impl Warp {
         self.defined.fill(if grid.policy.checks.init { 0 } else { u32::MAX });
         self.defined_predicates.fill(if grid.policy.checks.init { 0 } else { u32::MAX });
         for c in &code.constants {
-            self.defined[c.slot as usize] = u32::MAX;
+            self.define(c.slot, Width::wide(c.wide), u32::MAX, u32::MAX);
         }
         if let Some(truth) = code.truth {
             self.registers.predicates[truth as usize] = u32::MAX;
@@ -302,13 +325,9 @@ impl Warp {
             grid.meter.instruction(inst.kind, active);
             match inst.op {
                 Op::Alu { alu, dst, src } => {
-                    let signature = alu.signature();
-                    let mut defined = active;
-                    for (ty, &slot) in signature.sources.iter().zip(&src) {
-                        defined &= self.defined_in(slot, *ty == Ty::Pred);
-                    }
+                    let defined = active & self.defined_sources(alu, &src);
                     alu.run(&mut self.registers, active, dst, src, &grid.env);
-                    self.define(dst, signature.destination == Ty::Pred, active, defined);
+                    self.define(dst, Width::of(alu.signature().destination), active, defined);
                 }
                 Op::Bra { target } => {
                     let stay = split.mask & !active;
@@ -408,10 +427,7 @@ impl Warp {
                 self.registers.predicates.push(0);
                 alu.run(&mut self.registers, active, scratch, src, &grid.env);
                 let plain = self.registers.predicates.pop().unwrap_or(0);
-                let mut defined = active;
-                for (ty, &slot) in alu.signature().sources.iter().zip(&src) {
-                    defined &= self.defined_in(slot, *ty == Ty::Pred);
-                }
+                let mut defined = active & self.defined_sources(alu, &src);
                 let (mut yes, mut no) = (plain, !plain);
                 if let Some((logic, p)) = combine {
                     let c = self.predicate(p);
@@ -427,37 +443,41 @@ impl Warp {
                     if slot != NONE {
                         let p = &mut self.registers.predicates[slot as usize];
                         *p = *p & !active | value & active;
-                        self.define(slot, true, active, defined);
+                        self.define(slot, Width::Predicate, active, defined);
                     }
                 }
                 Ok(())
             }
             Op::Pack { dst, parts, count, bytes } => {
+                let bits = 8 * u32::from(bytes);
                 let mut value = [0u64; 32];
-                let mut defined = active;
+                let mut defined = [active; 2];
                 for (i, &part) in parts[..count as usize].iter().enumerate() {
-                    let shift = 8 * u32::from(bytes) * i as u32;
-                    let limit = u64::MAX >> (64 - 8 * u32::from(bytes));
-                    defined &= self.defined[part as usize];
+                    let shift = bits * i as u32;
+                    defined[shift as usize / 32] &= self.defined[part as usize];
                     for (lane, v) in value.iter_mut().enumerate() {
-                        *v |= (u64::from(self.registers.rows[part as usize].0[lane]) & limit)
-                            << shift;
+                        let part = u64::from(self.registers.rows[part as usize].0[lane]);
+                        *v |= (part & u64::MAX >> (64 - bits)) << shift;
                     }
                 }
-                self.write_bits(dst, u32::from(bytes) * u32::from(count) == 8, active, &value);
-                self.define(dst, false, active, defined);
+                let wide = bits * u32::from(count) == 64;
+                self.write_bits(dst, wide, active, &value);
+                self.define(dst, Width::Narrow, active, defined[0]);
+                if wide {
+                    self.define(dst + 1, Width::Narrow, active, defined[1]);
+                }
                 Ok(())
             }
             Op::Unpack { src, parts, count, bytes } => {
-                let wide = u32::from(bytes) * u32::from(count) == 8;
-                let value = self.bits(src, wide);
-                let defined = self.defined[src as usize] & active;
+                let bits = 8 * u32::from(bytes);
+                let value = self.bits(src, bits * u32::from(count) == 64);
                 for (i, &part) in parts[..count as usize].iter().enumerate() {
                     if part != NONE {
-                        let shift = 8 * u32::from(bytes) * i as u32;
-                        let limit = u64::MAX >> (64 - 8 * u32::from(bytes));
+                        let shift = bits * i as u32;
+                        let defined = self.defined[(src + shift / 32) as usize] & active;
+                        let limit = u64::MAX >> (64 - bits);
                         self.write_bits(part, false, active, &value.map(|v| v >> shift & limit));
-                        self.define(part, false, active, defined);
+                        self.define(part, Width::Narrow, active, defined);
                     }
                 }
                 Ok(())
@@ -473,9 +493,10 @@ impl Warp {
                 let value = self.bits(src, wide);
                 let value =
                     value.map(|v| if to { v.wrapping_sub(window) } else { v.wrapping_add(window) });
-                let defined = self.defined[src as usize] & active;
+                let width = Width::wide(wide);
+                let defined = self.defined_in(src, width) & active;
                 self.write_bits(dst, wide, active, &value);
-                self.define(dst, false, active, defined);
+                self.define(dst, width, active, defined);
                 Ok(())
             }
             Op::IsSpace { dst, src, space } => {
@@ -486,12 +507,17 @@ impl Warp {
                 }
                 let p = &mut self.registers.predicates[dst as usize];
                 *p = *p & !active | truth & active;
-                self.define(dst, true, active, self.defined[src as usize] & active);
+                self.define(
+                    dst,
+                    Width::Predicate,
+                    active,
+                    self.defined_in(src, Width::Wide) & active,
+                );
                 Ok(())
             }
             Op::Clock { dst, wide } => {
                 self.write_bits(dst, wide, active, &[grid.instructions; 32]);
-                self.define(dst, false, active, active);
+                self.define(dst, Width::wide(wide), active, active);
                 Ok(())
             }
             Op::ActiveMask { dst } => {
@@ -526,22 +552,49 @@ impl Warp {
         if p.negate { !value } else { value }
     }
 
-    fn defined_in(&self, slot: Slot, predicate: bool) -> u32 {
-        if predicate { self.defined_predicates[slot as usize] } else { self.defined[slot as usize] }
+    fn defined_in(&self, slot: Slot, width: Width) -> u32 {
+        let slot = slot as usize;
+        match width {
+            Width::Predicate => self.defined_predicates[slot],
+            Width::Narrow => self.defined[slot],
+            Width::Wide => self.defined[slot] & self.defined[slot + 1],
+        }
     }
 
-    /// Lanes `active` of a row were written, of which only `defined` come from defined values.
-    pub fn define(&mut self, slot: Slot, predicate: bool, active: u32, defined: u32) {
-        let row = match predicate {
-            true => &mut self.defined_predicates[slot as usize],
-            false => &mut self.defined[slot as usize],
-        };
-        *row = *row & !active | defined;
+    /// Lanes in which all sources are defined. What narrows 64 bits needs the low half only.
+    fn defined_sources(&self, alu: Alu, src: &[Slot; 4]) -> u32 {
+        let signature = alu.signature();
+        let narrows =
+            matches!(signature.destination.bits(), 8..=32) && signature.sources.len() == 1;
+        let mut defined = u32::MAX;
+        for (&ty, &slot) in signature.sources.iter().zip(src) {
+            let width = Width::of(ty);
+            let low = narrows && width == Width::Wide && !ty.is_float();
+            defined &= self.defined_in(slot, if low { Width::Narrow } else { width });
+        }
+        defined
     }
 
-    /// A fault if a row is undefined in one of the lanes.
-    pub fn expect_defined(&self, slot: Slot, mask: u32, what: &str) -> Result<(), Fault> {
-        let undefined_lanes = mask & !self.defined[slot as usize];
+    /// Lanes `active` of a slot were written, of which only `defined` come from defined values.
+    pub fn define(&mut self, slot: Slot, width: Width, active: u32, defined: u32) {
+        let slot = slot as usize;
+        let set = |row: &mut u32| *row = *row & !active | defined;
+        match width {
+            Width::Predicate => set(&mut self.defined_predicates[slot]),
+            Width::Narrow => set(&mut self.defined[slot]),
+            Width::Wide => self.defined[slot..slot + 2].iter_mut().for_each(set),
+        }
+    }
+
+    /// A fault if a slot is undefined in one of the lanes.
+    pub fn expect_defined(
+        &self,
+        slot: Slot,
+        width: Width,
+        mask: u32,
+        what: &str,
+    ) -> Result<(), Fault> {
+        let undefined_lanes = mask & !self.defined_in(slot, width);
         if undefined_lanes == 0 {
             return Ok(());
         }
@@ -577,7 +630,7 @@ impl Warp {
         for (lane, v) in self.registers.rows[slot as usize].0.iter_mut().enumerate() {
             *v = if mask >> lane & 1 == 1 { value[lane] } else { *v };
         }
-        self.define(slot, false, mask, mask);
+        self.define(slot, Width::Narrow, mask, mask);
     }
 
     pub fn write_predicate(&mut self, slot: Slot, mask: u32, value: u32) {
@@ -586,7 +639,7 @@ impl Warp {
         }
         let p = &mut self.registers.predicates[slot as usize];
         *p = *p & !mask | value & mask;
-        self.define(slot, true, mask, mask);
+        self.define(slot, Width::Predicate, mask, mask);
     }
 }
 

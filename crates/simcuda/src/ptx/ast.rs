@@ -64,6 +64,8 @@ impl Type {
 pub enum Operand {
     /// Register, special register, variable, label or function.
     Name(String),
+    /// A variable's address and a constant.
+    Offset(String, i64),
     Int(i128),
     F32(u32),
     F64(u64),

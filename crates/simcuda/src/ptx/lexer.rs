@@ -12,7 +12,7 @@ pub enum Token {
     Int(i128),
     /// `0f` literal, the bits.
     F32(u32),
-    /// `0d` literal, the bits.
+    /// `0d` or decimal literal, the bits.
     F64(u64),
     /// String literal, without quotes.
     Text(String),
@@ -54,7 +54,7 @@ pub fn lex(text: &str) -> Result<Vec<Spot>, LoadError> {
                 end + 2
             }
             b'0'..=b'9' => {
-                let len = rest.find(|c: char| !c.is_ascii_alphanumeric()).unwrap_or(rest.len());
+                let len = number_length(rest);
                 let token = number(&rest[..len])
                     .ok_or_else(|| error(line, &format!("`{}` is no number", &rest[..len])))?;
                 spots.push(Spot { token, line });
@@ -94,7 +94,26 @@ fn word(rest: &str) -> usize {
     at
 }
 
+/// Length of the number at the start, which may have a fraction and an exponent with a sign.
+fn number_length(rest: &str) -> usize {
+    let alphanumeric = |c: u8| c.is_ascii_alphanumeric();
+    let bytes = rest.as_bytes();
+    let mut len = 0;
+    while let Some(&c) = bytes.get(len) {
+        let exponent =
+            len > 0 && matches!(bytes[len - 1], b'e' | b'E') && rest[..len].contains('.');
+        if !(alphanumeric(c) || c == b'.' || (exponent && matches!(c, b'+' | b'-'))) {
+            break;
+        }
+        len += 1;
+    }
+    len
+}
+
 fn number(text: &str) -> Option<Token> {
+    if text.contains('.') {
+        return text.parse().ok().map(|v: f64| Token::F64(v.to_bits()));
+    }
     let lower = text.to_ascii_lowercase();
     if let Some(bits) = lower.strip_prefix("0f").filter(|b| b.len() == 8) {
         return u32::from_str_radix(bits, 16).ok().map(Token::F32);

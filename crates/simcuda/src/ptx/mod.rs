@@ -137,7 +137,7 @@ impl Module {
         for kernel in &mut self.kernels {
             for constant in &mut kernel.code.constants {
                 if let Some(i) = constant.variable {
-                    constant.bits = addresses[i];
+                    constant.bits = constant.bits.wrapping_add(addresses[i]);
                 }
             }
         }

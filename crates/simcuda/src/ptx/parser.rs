@@ -30,12 +30,11 @@ impl Parser<'_> {
             let word = self.word()?;
             match word.as_str() {
                 ".version" => {
-                    // `8.0` arrives as 8 and the word `.0`.
-                    let major = self.int()? as u32;
-                    let minor = self.word()?;
-                    let minor = minor.strip_prefix('.').and_then(|m| m.parse().ok());
-                    self.file.version =
-                        (major, minor.ok_or_else(|| self.error("a `.version` like 8.0"))?);
+                    let Token::F64(bits) = self.next()? else {
+                        return Err(self.error("a `.version` like 8.0"));
+                    };
+                    let tenths = (f64::from_bits(bits) * 10.0).round() as u32;
+                    self.file.version = (tenths / 10, tenths % 10);
                 }
                 ".target" => {
                     let name = self.word()?;
@@ -210,11 +209,16 @@ impl Parser<'_> {
     fn operand(&mut self) -> Result<Operand> {
         Ok(match self.next()? {
             Token::Word(name) if self.sign('|') => Operand::Pair(name, self.word()?),
+            Token::Word(name) if self.sign('+') => Operand::Offset(name, self.int()? as i64),
             Token::Word(name) => Operand::Name(name),
             Token::Int(value) => Operand::Int(value),
             Token::F32(bits) => Operand::F32(bits),
             Token::F64(bits) => Operand::F64(bits),
-            Token::Sign('-') => Operand::Int(-self.int()?),
+            Token::Sign('-') => match self.next()? {
+                Token::Int(value) => Operand::Int(-value),
+                Token::F64(bits) => Operand::F64((-f64::from_bits(bits)).to_bits()),
+                other => return Err(self.error(&format!("a number, got {other:?}"))),
+            },
             Token::Sign('!') => Operand::Not(self.word()?),
             Token::Sign('[') => self.address()?,
             Token::Sign('{') => Operand::Vector(self.operands_until('}')?),

@@ -143,4 +143,3 @@ fn f16(x: f64, round: Round) -> f64 {
 fn bf16(x: f64, round: Round) -> f64 {
     bf16_to_f32(bf16_from_f32(to_f32_odd(x), round)).into()
 }
-

@@ -14,7 +14,10 @@
 //! What the PTX ISA leaves open is decided here: integer division by zero gives all ones, as does its remainder; a NaN
 //! computed in f32 is 0x7fffffff, in a 16-bit float 0x7fff, in f64 0xfff8000000000000, whatever NaN came in; `neg` and
 //! `abs` of a NaN change the sign bit only.
-#![allow(unsafe_code, reason = "loops compiled for CPU features, and 64-bit registers read as pairs of rows")]
+#![allow(
+    unsafe_code,
+    reason = "loops compiled for CPU features, and 64-bit registers read as pairs of rows"
+)]
 
 mod bits;
 mod convert;
@@ -31,6 +34,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::{LazyLock, OnceLock};
 
+pub use lanes::{wide, wide_mut};
 pub use types::{Signature, Ty};
 
 use super::registers::{Registers, Slot};
