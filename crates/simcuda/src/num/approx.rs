@@ -60,7 +60,8 @@ pub fn log2(x: f64) -> f64 {
     // x = 2^exponent * m, with m within a factor sqrt(2) of 1: no cancellation between the two parts.
     let biased = x.to_bits().wrapping_add(ONE - SQRT_HALF) >> 52;
     let m = f64::from_bits(x.to_bits().wrapping_sub(biased << 52).wrapping_add(ONE));
-    let exponent = f64::from_bits(0x4330_0000_0000_0000 | biased) - (4_503_599_627_370_496.0 + 1023.0);
+    let exponent =
+        f64::from_bits(0x4330_0000_0000_0000 | biased) - (4_503_599_627_370_496.0 + 1023.0);
     // log(m) = 2 artanh((m - 1) / (m + 1))
     let s = (m - 1.0) / (m + 1.0);
     let square = s * s;
@@ -112,7 +113,12 @@ pub fn perturbed_f32(exact: f64, bound: Bound, random: u64) -> f32 {
 }
 
 /// `exact` in the format that `to_format` rounds to, moved by at most `error`. Zero, infinity and NaN stay.
-pub fn perturbed(exact: f64, error: f64, random: u64, to_format: impl Fn(f64, Round) -> f64) -> f64 {
+pub fn perturbed(
+    exact: f64,
+    error: f64,
+    random: u64,
+    to_format: impl Fn(f64, Round) -> f64,
+) -> f64 {
     let nearest = to_format(exact, Round::Nearest);
     if exact == 0.0 || !nearest.is_finite() {
         return nearest;
