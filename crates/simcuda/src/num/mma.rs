@@ -80,19 +80,23 @@ fn multiply<const K: usize>(
     c: [&Row; 4],
 ) -> [Row; 4] {
     let (mut left, mut right, mut sum) = ([[0.0; K]; 16], [[0.0; 8]; K], [[0.0; 8]; 16]);
-    for lane in 0..32 {
-        let (group, pair) = (lane / 4, lane % 4 * 2);
-        for (i, register) in a.iter().enumerate() {
-            let [low, high] = elements(kind, register[lane]);
-            let row = &mut left[group + i % 2 * 8];
-            (row[pair + i / 2 * 8], row[pair + 1 + i / 2 * 8]) = (low, high);
+    for (i, register) in a.iter().enumerate() {
+        let [low, high] = elements(kind, register);
+        for lane in 0..32 {
+            let (row, column) = (lane / 4 + i % 2 * 8, lane % 4 * 2 + i / 2 * 8);
+            (left[row][column], left[row][column + 1]) = (low[lane], high[lane]);
         }
-        for (i, register) in b.iter().enumerate() {
-            let [low, high] = elements(kind, register[lane]);
-            (right[pair + i * 8][group], right[pair + 1 + i * 8][group]) = (low, high);
+    }
+    for (i, register) in b.iter().enumerate() {
+        let [low, high] = elements(kind, register);
+        for lane in 0..32 {
+            let (row, column) = (lane % 4 * 2 + i * 8, lane / 4);
+            (right[row][column], right[row + 1][column]) = (low[lane], high[lane]);
         }
-        for (i, register) in c.iter().enumerate() {
-            sum[group + i / 2 * 8][pair + i % 2] = f32::from_bits(register[lane]);
+    }
+    for (i, register) in c.iter().enumerate() {
+        for lane in 0..32 {
+            sum[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = f32::from_bits(register[lane]);
         }
     }
     match model {
@@ -108,12 +112,14 @@ fn multiply<const K: usize>(
     })
 }
 
+/// The low and the high halves of a register.
 #[inline(always)]
-fn elements(kind: MmaKind, word: u32) -> [f32; 2] {
-    [word as u16, (word >> 16) as u16].map(|h| match kind {
-        MmaKind::F16 => f16_to_f32(h),
-        MmaKind::BF16 => bf16_to_f32(h),
-    })
+fn elements(kind: MmaKind, register: &Row) -> [[f32; 32]; 2] {
+    let half = |h: u32| match kind {
+        MmaKind::F16 => f16_to_f32(h as u16),
+        MmaKind::BF16 => bf16_to_f32(h as u16),
+    };
+    [register.map(half), register.map(|word| half(word >> 16))]
 }
 
 /// Fused multiply-adds in the order of k; four rows at a time, to hide their latency.
@@ -163,6 +169,15 @@ fn exact<const K: usize>(a: &[f32; K], b: &[f32; K], c: f32) -> f32 {
     let terms = terms(a, b, c);
     if !terms.clone().all(f64::is_finite) {
         return terms.sum::<f64>() as f32;
+    }
+    // Mostly nothing is lost.
+    let (mut total, mut lost) = (0.0, false);
+    for term in terms.clone() {
+        let (sum, error) = two_sum(total, term);
+        (total, lost) = (sum, lost | (error != 0.0));
+    }
+    if !lost && total != 0.0 {
+        return to_f32(total, Round::Nearest);
     }
     // At most one part per term.
     let (mut parts, mut count) = ([0.0; 17], 0);

@@ -35,9 +35,9 @@ impl Round {
 #[inline(always)]
 pub fn to_odd(value: f64, error: f64) -> f64 {
     let bits = value.to_bits();
-    let inexact = (error < 0.0 || error > 0.0) && value.is_finite();
+    let inexact = ((error < 0.0) | (error > 0.0)) & value.is_finite();
     let step = if (error < 0.0) == (value < 0.0) { 1 } else { u64::MAX };
-    f64::from_bits(if inexact && bits & 1 == 0 { bits.wrapping_add(step) } else { bits })
+    f64::from_bits(if inexact & (bits & 1 == 0) { bits.wrapping_add(step) } else { bits })
 }
 
 /// `a + b` rounded to odd, unless it overflows f64.
@@ -63,8 +63,8 @@ pub fn integer_to_f64(a: i128, round: Round) -> f64 {
     let bits = value.to_bits();
     f64::from_bits(match round {
         Round::Nearest => bits,
-        _ if round.away(a < 0) => bits + u64::from(near < exact),
-        _ => bits - u64::from(near > exact),
+        _ if round.away(a < 0) => bits.wrapping_add(u64::from(near < exact)),
+        _ => bits.wrapping_sub(u64::from(near > exact)),
     })
 }
 
@@ -76,8 +76,8 @@ pub fn to_f32(x: f64, round: Round) -> f32 {
     let bits = near.to_bits();
     f32::from_bits(match round {
         Round::Nearest => bits,
-        _ if round.away(x.is_sign_negative()) => bits + u32::from(got < exact),
-        _ => bits - u32::from(got > exact),
+        _ if round.away(x.is_sign_negative()) => bits.wrapping_add(u32::from(got < exact)),
+        _ => bits.wrapping_sub(u32::from(got > exact)),
     })
 }
 
@@ -126,8 +126,8 @@ pub fn sqrt(a: f32, round: Round) -> f32 {
 #[inline(always)]
 fn directed_sum(a: f64, b: f64, round: Round) -> f32 {
     let sum = sum_to_odd(a, b);
-    let below = round == Round::Down && (a.is_sign_negative() || b.is_sign_negative());
-    to_f32(if sum == 0.0 && below { -0.0 } else { sum }, round)
+    let below = (round == Round::Down) & (a.is_sign_negative() | b.is_sign_negative());
+    to_f32(if (sum == 0.0) & below { -0.0 } else { sum }, round)
 }
 
 /// `.ftz`: subnormals become a zero of the same sign.

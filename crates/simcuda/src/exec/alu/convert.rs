@@ -6,6 +6,7 @@ use crate::num::half::{bf16_from_f32, f16_from_f32};
 use crate::num::round::{
     Round, integer_to_f64, integer_to_odd, relu, saturate, to_f32, to_f32_odd,
 };
+use std::convert::identity;
 
 macro_rules! integer_to_integer {
     ($kind:ident: $d:literal $D:ident $t:ident) => {
@@ -24,8 +25,8 @@ macro_rules! integer_to_integer {
 
 /// Only for sources that the destination does not hold all of.
 macro_rules! saturating {
-    ($kind:ident: $d:literal $D:ident $t:ident: $($s:literal $S:ident),+) => {
-        forms! { $kind: $(
+    ($d:literal $D:ident $t:ident: $($s:literal $S:ident),+) => {
+        forms! { rare: $(
             concat!("cvt.sat.", $d, ".", $s) => (a: $S) -> $D {
                 i128::from(a).clamp(i128::from($t::MIN), i128::from($t::MAX)) as $t
             }
@@ -35,16 +36,12 @@ macro_rules! saturating {
 
 /// `$odd` is the integer in f64, exact or rounded to odd.
 macro_rules! integer_to_half {
-    ($kind:ident: $s:literal $S:ident, $a:ident => $odd:expr) => {
-        forms! { $kind:
-            concat!("cvt.rn.f16.", $s) => ($a: $S) -> F16Bits { f16_from_f32(to_f32_odd($odd), Round::Nearest) }
-            concat!("cvt.rz.f16.", $s) => ($a: $S) -> F16Bits { f16_from_f32(to_f32_odd($odd), Round::Zero) }
-            concat!("cvt.rm.f16.", $s) => ($a: $S) -> F16Bits { f16_from_f32(to_f32_odd($odd), Round::Down) }
-            concat!("cvt.rp.f16.", $s) => ($a: $S) -> F16Bits { f16_from_f32(to_f32_odd($odd), Round::Up) }
-            concat!("cvt.rn.bf16.", $s) => ($a: $S) -> BF16Bits { bf16_from_f32(to_f32_odd($odd), Round::Nearest) }
-            concat!("cvt.rz.bf16.", $s) => ($a: $S) -> BF16Bits { bf16_from_f32(to_f32_odd($odd), Round::Zero) }
-            concat!("cvt.rm.bf16.", $s) => ($a: $S) -> BF16Bits { bf16_from_f32(to_f32_odd($odd), Round::Down) }
-            concat!("cvt.rp.bf16.", $s) => ($a: $S) -> BF16Bits { bf16_from_f32(to_f32_odd($odd), Round::Up) }
+    ($d:literal $D:ident $round:ident: $s:literal $S:ident, $a:ident => $odd:expr) => {
+        forms! { rare:
+            concat!("cvt.rn.", $d, ".", $s) => ($a: $S) -> $D { $round(to_f32_odd($odd), Round::Nearest) }
+            concat!("cvt.rz.", $d, ".", $s) => ($a: $S) -> $D { $round(to_f32_odd($odd), Round::Zero) }
+            concat!("cvt.rm.", $d, ".", $s) => ($a: $S) -> $D { $round(to_f32_odd($odd), Round::Down) }
+            concat!("cvt.rp.", $d, ".", $s) => ($a: $S) -> $D { $round(to_f32_odd($odd), Round::Up) }
         }
     };
 }
@@ -61,8 +58,8 @@ macro_rules! integer_to_f32 {
 }
 
 macro_rules! integer_to_f64 {
-    ($kind:ident: $s:literal $S:ident) => {
-        forms! { $kind:
+    ($s:literal $S:ident) => {
+        forms! { rare:
             concat!("cvt.rn.f64.", $s) => (a: $S) -> F64 { a as f64 }
             concat!("cvt.rz.f64.", $s) => (a: $S) -> F64 { integer_to_f64(a.into(), Round::Zero) }
             concat!("cvt.rm.f64.", $s) => (a: $S) -> F64 { integer_to_f64(a.into(), Round::Down) }
@@ -73,25 +70,25 @@ macro_rules! integer_to_f64 {
 
 /// Integers that the format holds: no direction makes a difference.
 macro_rules! integer_to_wider {
-    ($kind:ident: $d:literal $D:ident $t:ident: $($s:literal $S:ident),+) => {
-        forms! { $kind: $(
+    ($d:literal $D:ident $t:ident: $($s:literal $S:ident),+) => {
+        forms! { rare: $(
             concat!("cvt.rn.", $d, ".", $s), concat!("cvt.rz.", $d, ".", $s), concat!("cvt.rm.", $d, ".", $s), concat!("cvt.rp.", $d, ".", $s)
                 => (a: $S) -> $D { $t::from(a) }
         )+}
     };
 }
 
-/// Saturates always. A NaN gives 0 where `$nan` is 0, else the top bit alone.
+/// Always saturates. A NaN gives 0 where `$nan` is 0, else the top bit alone.
 macro_rules! float_to_integer {
     ($kind:ident: $flags:literal $f:literal $F:ident: $($d:literal $D:ident $t:ident $nan:literal),+) => {
         forms! { $kind: $(
-            concat!("cvt.rni", $flags, ".", $d, $f), concat!("cvt.rni", $flags, ".sat.", $d, $f)
+            concat!("cvt.rni", $flags, ".", $d, $f)
                 => (a: $F) -> $D { if $nan != 0 && a.is_nan() { 1 << ($t::BITS - 1) } else { a.round_ties_even() as $t } }
-            concat!("cvt.rzi", $flags, ".", $d, $f), concat!("cvt.rzi", $flags, ".sat.", $d, $f)
+            concat!("cvt.rzi", $flags, ".", $d, $f)
                 => (a: $F) -> $D { if $nan != 0 && a.is_nan() { 1 << ($t::BITS - 1) } else { a as $t } }
-            concat!("cvt.rmi", $flags, ".", $d, $f), concat!("cvt.rmi", $flags, ".sat.", $d, $f)
+            concat!("cvt.rmi", $flags, ".", $d, $f)
                 => (a: $F) -> $D { if $nan != 0 && a.is_nan() { 1 << ($t::BITS - 1) } else { a.floor() as $t } }
-            concat!("cvt.rpi", $flags, ".", $d, $f), concat!("cvt.rpi", $flags, ".sat.", $d, $f)
+            concat!("cvt.rpi", $flags, ".", $d, $f)
                 => (a: $F) -> $D { if $nan != 0 && a.is_nan() { 1 << ($t::BITS - 1) } else { a.ceil() as $t } }
         )+}
     };
@@ -178,34 +175,40 @@ pub static TABLES: &[&[Entry]] = &[
     integer_to_integer!(common: "s32" S32 i32),
     integer_to_integer!(common: "u64" U64 u64),
     integer_to_integer!(common: "s64" S64 i64),
-    saturating!(rare: "u8" U8 u8: "s8" S8, "u16" U16, "s16" S16, "u32" U32, "s32" S32, "u64" U64, "s64" S64),
-    saturating!(rare: "s8" S8 i8: "u8" U8, "u16" U16, "s16" S16, "u32" U32, "s32" S32, "u64" U64, "s64" S64),
-    saturating!(rare: "u16" U16 u16: "s8" S8, "s16" S16, "u32" U32, "s32" S32, "u64" U64, "s64" S64),
-    saturating!(rare: "s16" S16 i16: "u16" U16, "u32" U32, "s32" S32, "u64" U64, "s64" S64),
-    saturating!(rare: "u32" U32 u32: "s8" S8, "s16" S16, "s32" S32, "u64" U64, "s64" S64),
-    saturating!(rare: "s32" S32 i32: "u32" U32, "u64" U64, "s64" S64),
-    saturating!(rare: "u64" U64 u64: "s8" S8, "s16" S16, "s32" S32, "s64" S64),
-    saturating!(rare: "s64" S64 i64: "u64" U64),
-    integer_to_half!(rare: "u8" U8, a => a.into()),
-    integer_to_half!(rare: "s8" S8, a => a.into()),
-    integer_to_half!(rare: "u16" U16, a => a.into()),
-    integer_to_half!(rare: "s16" S16, a => a.into()),
-    integer_to_half!(rare: "u32" U32, a => a.into()),
-    integer_to_half!(rare: "s32" S32, a => a.into()),
-    integer_to_half!(rare: "u64" U64, a => integer_to_odd(a.into())),
-    integer_to_half!(rare: "s64" S64, a => integer_to_odd(a.into())),
-    integer_to_wider!(rare: "f32" F32 f32: "u8" U8, "s8" S8, "u16" U16, "s16" S16),
+    saturating!("u8" U8 u8: "s8" S8, "u16" U16, "s16" S16, "u32" U32, "s32" S32, "u64" U64, "s64" S64),
+    saturating!("s8" S8 i8: "u8" U8, "u16" U16, "s16" S16, "u32" U32, "s32" S32, "u64" U64, "s64" S64),
+    saturating!("u16" U16 u16: "s8" S8, "s16" S16, "u32" U32, "s32" S32, "u64" U64, "s64" S64),
+    saturating!("s16" S16 i16: "u16" U16, "u32" U32, "s32" S32, "u64" U64, "s64" S64),
+    saturating!("u32" U32 u32: "s8" S8, "s16" S16, "s32" S32, "u64" U64, "s64" S64),
+    saturating!("s32" S32 i32: "u32" U32, "u64" U64, "s64" S64),
+    saturating!("u64" U64 u64: "s8" S8, "s16" S16, "s32" S32, "s64" S64),
+    saturating!("s64" S64 i64: "u64" U64),
+    integer_to_half!("f16" F16Bits f16_from_f32: "u8" U8, a => a.into()),
+    integer_to_half!("f16" F16Bits f16_from_f32: "s8" S8, a => a.into()),
+    integer_to_half!("f16" F16Bits f16_from_f32: "u16" U16, a => a.into()),
+    integer_to_half!("bf16" BF16Bits bf16_from_f32: "u16" U16, a => a.into()),
+    integer_to_half!("f16" F16Bits f16_from_f32: "s16" S16, a => a.into()),
+    integer_to_half!("bf16" BF16Bits bf16_from_f32: "s16" S16, a => a.into()),
+    integer_to_half!("f16" F16Bits f16_from_f32: "u32" U32, a => a.into()),
+    integer_to_half!("bf16" BF16Bits bf16_from_f32: "u32" U32, a => a.into()),
+    integer_to_half!("f16" F16Bits f16_from_f32: "s32" S32, a => a.into()),
+    integer_to_half!("bf16" BF16Bits bf16_from_f32: "s32" S32, a => a.into()),
+    integer_to_half!("f16" F16Bits f16_from_f32: "u64" U64, a => integer_to_odd(a.into())),
+    integer_to_half!("bf16" BF16Bits bf16_from_f32: "u64" U64, a => integer_to_odd(a.into())),
+    integer_to_half!("f16" F16Bits f16_from_f32: "s64" S64, a => integer_to_odd(a.into())),
+    integer_to_half!("bf16" BF16Bits bf16_from_f32: "s64" S64, a => integer_to_odd(a.into())),
+    integer_to_wider!("f32" F32 f32: "u8" U8, "s8" S8, "u16" U16, "s16" S16),
     integer_to_f32!(common: "u32" U32, a => a.into()),
     integer_to_f32!(common: "s32" S32, a => a.into()),
     integer_to_f32!(rare: "u64" U64, a => integer_to_odd(a.into())),
     integer_to_f32!(rare: "s64" S64, a => integer_to_odd(a.into())),
-    integer_to_wider!(rare: "f64" F64 f64: "u8" U8, "s8" S8, "u16" U16, "s16" S16, "u32" U32, "s32" S32),
-    integer_to_f64!(rare: "u64" U64),
-    integer_to_f64!(rare: "s64" S64),
+    integer_to_wider!("f64" F64 f64: "u8" U8, "s8" S8, "u16" U16, "s16" S16, "u32" U32, "s32" S32),
+    integer_to_f64!("u64" U64),
+    integer_to_f64!("s64" S64),
     float_to_integer!(rare: "" ".f16" F16: "u8" U8 u8 0, "s8" S8 i8 0, "u16" U16 u16 0, "s16" S16 i16 0),
     float_to_integer!(rare: "" ".f16" F16: "u32" U32 u32 0, "s32" S32 i32 0),
     float_to_integer!(rare: "" ".f16" F16: "u64" U64 u64 1, "s64" S64 i64 1),
-    float_to_integer!(rare: "" ".bf16" BF16: "u8" U8 u8 0, "s8" S8 i8 0, "u16" U16 u16 0, "s16" S16 i16 0),
+    float_to_integer!(rare: "" ".bf16" BF16: "u16" U16 u16 0, "s16" S16 i16 0),
     float_to_integer!(rare: "" ".bf16" BF16: "u32" U32 u32 0, "s32" S32 i32 0),
     float_to_integer!(rare: "" ".bf16" BF16: "u64" U64 u64 1, "s64" S64 i64 1),
     float_to_integer!(rare: "" ".f32" F32: "u8" U8 u8 0, "s8" S8 i8 0, "u16" U16 u16 0, "s16" S16 i16 0),
@@ -217,13 +220,13 @@ pub static TABLES: &[&[Entry]] = &[
     float_to_integer!(rare: "" ".f64" F64: "u8" U8 u8 1, "s8" S8 i8 1, "u16" U16 u16 1, "s16" S16 i16 1),
     float_to_integer!(rare: "" ".f64" F64: "u32" U32 u32 1, "s32" S32 i32 1),
     float_to_integer!(rare: "" ".f64" F64: "u64" U64 u64 1, "s64" S64 i64 1),
-    integral!(rare: "" ".f16" F16, std::convert::identity),
-    integral!(rare: "" ".bf16" BF16, std::convert::identity),
-    integral!(common: "" ".f32" F32, std::convert::identity),
+    integral!(rare: "" ".f16" F16, identity),
+    integral!(rare: "" ".bf16" BF16, identity),
+    integral!(common: "" ".f32" F32, identity),
     integral!(rare: ".sat" ".f32" F32, saturate),
-    integral!(rare: ".ftz" ".f32" Ftz, std::convert::identity),
+    integral!(rare: ".ftz" ".f32" Ftz, identity),
     integral!(rare: ".ftz.sat" ".f32" Ftz, saturate),
-    integral!(rare: "" ".f64" F64, std::convert::identity),
+    integral!(rare: "" ".f64" F64, identity),
     rounded!(common: ".f32.f64": a: F64, round => F32, to_f32(a, round)),
     rounded!(rare: ".ftz.f32.f64": a: F64, round => Ftz, to_f32(a, round)),
     rounded!(rare: ".sat.f32.f64": a: F64, round => F32, saturate(to_f32(a, round))),

@@ -4,56 +4,48 @@ use super::lanes::*;
 use super::{Entry, Env, forms};
 use crate::num::approx::{self, Bound, pow2};
 use crate::num::round::{self, Round, saturate};
+use std::convert::identity;
 
-/// Rounding, `.ftz` and `.sat` of the four operations that have all of them.
+/// What takes any rounding, `.ftz` and `.sat`. To nearest may go unsaid in the first three.
 macro_rules! arithmetic {
-    ($kind:ident: $F:ident, $flags:literal, $finish:expr) => {
+    ($kind:ident: $F:ident, $finish:ident, $flags:literal: $Round:ident $($rnd:literal)?, $rnd_fma:literal) => {
         forms! { $kind:
-            concat!("add", $flags, ".f32"), concat!("add.rn", $flags, ".f32") => (a: $F, b: $F) -> $F { $finish(a + b) }
-            concat!("add.rz", $flags, ".f32") => (a: $F, b: $F) -> $F { $finish(round::add(a, b, Round::Zero)) }
-            concat!("add.rm", $flags, ".f32") => (a: $F, b: $F) -> $F { $finish(round::add(a, b, Round::Down)) }
-            concat!("add.rp", $flags, ".f32") => (a: $F, b: $F) -> $F { $finish(round::add(a, b, Round::Up)) }
-            concat!("sub", $flags, ".f32"), concat!("sub.rn", $flags, ".f32") => (a: $F, b: $F) -> $F { $finish(a - b) }
-            concat!("sub.rz", $flags, ".f32") => (a: $F, b: $F) -> $F { $finish(round::add(a, -b, Round::Zero)) }
-            concat!("sub.rm", $flags, ".f32") => (a: $F, b: $F) -> $F { $finish(round::add(a, -b, Round::Down)) }
-            concat!("sub.rp", $flags, ".f32") => (a: $F, b: $F) -> $F { $finish(round::add(a, -b, Round::Up)) }
-            concat!("mul", $flags, ".f32"), concat!("mul.rn", $flags, ".f32") => (a: $F, b: $F) -> $F { $finish(a * b) }
-            concat!("mul.rz", $flags, ".f32") => (a: $F, b: $F) -> $F { $finish(round::mul(a, b, Round::Zero)) }
-            concat!("mul.rm", $flags, ".f32") => (a: $F, b: $F) -> $F { $finish(round::mul(a, b, Round::Down)) }
-            concat!("mul.rp", $flags, ".f32") => (a: $F, b: $F) -> $F { $finish(round::mul(a, b, Round::Up)) }
-            concat!("fma.rn", $flags, ".f32"), concat!("mad.rn", $flags, ".f32") => (a: $F, b: $F, c: $F) -> $F { $finish(a.mul_add(b, c)) }
-            concat!("fma.rz", $flags, ".f32"), concat!("mad.rz", $flags, ".f32") => (a: $F, b: $F, c: $F) -> $F { $finish(round::fma(a, b, c, Round::Zero)) }
-            concat!("fma.rm", $flags, ".f32"), concat!("mad.rm", $flags, ".f32") => (a: $F, b: $F, c: $F) -> $F { $finish(round::fma(a, b, c, Round::Down)) }
-            concat!("fma.rp", $flags, ".f32"), concat!("mad.rp", $flags, ".f32") => (a: $F, b: $F, c: $F) -> $F { $finish(round::fma(a, b, c, Round::Up)) }
+            $(concat!("add", $rnd, $flags),)? concat!("add", $rnd_fma, $flags)
+                => (a: $F, b: $F) -> $F { $finish(round::add(a, b, Round::$Round)) }
+            $(concat!("sub", $rnd, $flags),)? concat!("sub", $rnd_fma, $flags)
+                => (a: $F, b: $F) -> $F { $finish(round::add(a, -b, Round::$Round)) }
+            $(concat!("mul", $rnd, $flags),)? concat!("mul", $rnd_fma, $flags)
+                => (a: $F, b: $F) -> $F { $finish(round::mul(a, b, Round::$Round)) }
+            concat!("fma", $rnd_fma, $flags), concat!("mad", $rnd_fma, $flags)
+                => (a: $F, b: $F, c: $F) -> $F { $finish(round::fma(a, b, c, Round::$Round)) }
         }
     };
 }
 
-/// What has no `.sat`.
-macro_rules! functions {
+/// What takes any rounding and `.ftz`.
+macro_rules! division {
+    ($kind:ident: $F:ident, $flags:literal: $Round:ident $rnd:literal) => {
+        forms! { $kind:
+            concat!("div", $rnd, $flags) => (a: $F, b: $F) -> $F { round::div(a, b, Round::$Round) }
+            concat!("rcp", $rnd, $flags) => (a: $F) -> $F { round::div(1.0, a, Round::$Round) }
+            concat!("sqrt", $rnd, $flags) => (a: $F) -> $F { round::sqrt(a, Round::$Round) }
+        }
+    };
+}
+
+macro_rules! extremes {
     ($kind:ident: $F:ident, $ftz:literal) => {
         forms! { $kind:
-            concat!("div.rn", $ftz, ".f32") => (a: $F, b: $F) -> $F { a / b }
-            concat!("div.rz", $ftz, ".f32") => (a: $F, b: $F) -> $F { round::div(a, b, Round::Zero) }
-            concat!("div.rm", $ftz, ".f32") => (a: $F, b: $F) -> $F { round::div(a, b, Round::Down) }
-            concat!("div.rp", $ftz, ".f32") => (a: $F, b: $F) -> $F { round::div(a, b, Round::Up) }
-            concat!("rcp.rn", $ftz, ".f32") => (a: $F) -> $F { 1.0 / a }
-            concat!("rcp.rz", $ftz, ".f32") => (a: $F) -> $F { round::div(1.0, a, Round::Zero) }
-            concat!("rcp.rm", $ftz, ".f32") => (a: $F) -> $F { round::div(1.0, a, Round::Down) }
-            concat!("rcp.rp", $ftz, ".f32") => (a: $F) -> $F { round::div(1.0, a, Round::Up) }
-            concat!("sqrt.rn", $ftz, ".f32") => (a: $F) -> $F { a.sqrt() }
-            concat!("sqrt.rz", $ftz, ".f32") => (a: $F) -> $F { round::sqrt(a, Round::Zero) }
-            concat!("sqrt.rm", $ftz, ".f32") => (a: $F) -> $F { round::sqrt(a, Round::Down) }
-            concat!("sqrt.rp", $ftz, ".f32") => (a: $F) -> $F { round::sqrt(a, Round::Up) }
-
             concat!("min", $ftz, ".f32") => (a: $F, b: $F) -> $F { min(a, b) }
             concat!("max", $ftz, ".f32") => (a: $F, b: $F) -> $F { max(a, b) }
             concat!("min", $ftz, ".NaN.f32") => (a: $F, b: $F) -> $F { or_nan(a, b, min(a, b)) }
             concat!("max", $ftz, ".NaN.f32") => (a: $F, b: $F) -> $F { or_nan(a, b, max(a, b)) }
-            concat!("min", $ftz, ".xorsign.abs.f32") => (a: $F, b: $F) -> $F { xor_sign(a, b, min(a.abs(), b.abs())) }
-            concat!("max", $ftz, ".xorsign.abs.f32") => (a: $F, b: $F) -> $F { xor_sign(a, b, max(a.abs(), b.abs())) }
-            concat!("min", $ftz, ".NaN.xorsign.abs.f32") => (a: $F, b: $F) -> $F { or_nan(a, b, xor_sign(a, b, min(a.abs(), b.abs()))) }
-            concat!("max", $ftz, ".NaN.xorsign.abs.f32") => (a: $F, b: $F) -> $F { or_nan(a, b, xor_sign(a, b, max(a.abs(), b.abs()))) }
+            concat!("min", $ftz, ".xorsign.abs.f32") => (a: $F, b: $F) -> $F { min_magnitude(a, b) }
+            concat!("max", $ftz, ".xorsign.abs.f32") => (a: $F, b: $F) -> $F { max_magnitude(a, b) }
+            concat!("min", $ftz, ".NaN.xorsign.abs.f32")
+                => (a: $F, b: $F) -> $F { or_nan(a, b, min_magnitude(a, b)) }
+            concat!("max", $ftz, ".NaN.xorsign.abs.f32")
+                => (a: $F, b: $F) -> $F { or_nan(a, b, max_magnitude(a, b)) }
         }
     };
 }
@@ -129,12 +121,32 @@ const OTHERS: &[Entry] = forms! { rare:
 };
 
 pub static TABLES: &[&[Entry]] = &[
-    arithmetic!(common: F32, "", std::convert::identity),
-    arithmetic!(rare: F32, ".sat", saturate),
-    arithmetic!(rare: Ftz, ".ftz", std::convert::identity),
-    arithmetic!(rare: Ftz, ".ftz.sat", saturate),
-    functions!(common: F32, ""),
-    functions!(rare: Ftz, ".ftz"),
+    arithmetic!(common: F32, identity, ".f32": Nearest "", ".rn"),
+    arithmetic!(common: F32, identity, ".f32": Zero, ".rz"),
+    arithmetic!(common: F32, identity, ".f32": Down, ".rm"),
+    arithmetic!(common: F32, identity, ".f32": Up, ".rp"),
+    arithmetic!(rare: F32, saturate, ".sat.f32": Nearest "", ".rn"),
+    arithmetic!(rare: F32, saturate, ".sat.f32": Zero, ".rz"),
+    arithmetic!(rare: F32, saturate, ".sat.f32": Down, ".rm"),
+    arithmetic!(rare: F32, saturate, ".sat.f32": Up, ".rp"),
+    arithmetic!(rare: Ftz, identity, ".ftz.f32": Nearest "", ".rn"),
+    arithmetic!(rare: Ftz, identity, ".ftz.f32": Zero, ".rz"),
+    arithmetic!(rare: Ftz, identity, ".ftz.f32": Down, ".rm"),
+    arithmetic!(rare: Ftz, identity, ".ftz.f32": Up, ".rp"),
+    arithmetic!(rare: Ftz, saturate, ".ftz.sat.f32": Nearest "", ".rn"),
+    arithmetic!(rare: Ftz, saturate, ".ftz.sat.f32": Zero, ".rz"),
+    arithmetic!(rare: Ftz, saturate, ".ftz.sat.f32": Down, ".rm"),
+    arithmetic!(rare: Ftz, saturate, ".ftz.sat.f32": Up, ".rp"),
+    division!(common: F32, ".f32": Nearest ".rn"),
+    division!(common: F32, ".f32": Zero ".rz"),
+    division!(common: F32, ".f32": Down ".rm"),
+    division!(common: F32, ".f32": Up ".rp"),
+    division!(rare: Ftz, ".ftz.f32": Nearest ".rn"),
+    division!(rare: Ftz, ".ftz.f32": Zero ".rz"),
+    division!(rare: Ftz, ".ftz.f32": Down ".rm"),
+    division!(rare: Ftz, ".ftz.f32": Up ".rp"),
+    extremes!(common: F32, ""),
+    extremes!(rare: Ftz, ".ftz"),
     approximate!(F32, ""),
     approximate!(Ftz, ".ftz"),
     SIGNS,
@@ -165,22 +177,32 @@ fn trigonometric_bound(a: f32) -> Bound {
 /// The smaller one, the one that is a number, -0 of two zeros.
 #[inline(always)]
 pub fn min(a: f32, b: f32) -> f32 {
-    if a < b || b.is_nan() || (a == b && a.is_sign_negative()) { a } else { b }
+    if (a < b) | b.is_nan() | ((a == b) & a.is_sign_negative()) { a } else { b }
 }
 
 /// The larger one, the one that is a number, +0 of two zeros.
 #[inline(always)]
 pub fn max(a: f32, b: f32) -> f32 {
-    if a > b || b.is_nan() || (a == b && b.is_sign_negative()) { a } else { b }
+    if (a > b) | b.is_nan() | ((a == b) & b.is_sign_negative()) { a } else { b }
 }
 
 #[inline(always)]
 pub fn or_nan(a: f32, b: f32, value: f32) -> f32 {
-    if a.is_nan() || b.is_nan() { f32::NAN } else { value }
+    if a.is_nan() | b.is_nan() { f32::NAN } else { value }
 }
 
-/// The magnitude of `value`, negative if just one of the others is.
+/// `.xorsign.abs`: the smaller magnitude, negative if just one operand is.
 #[inline(always)]
-pub fn xor_sign(a: f32, b: f32, value: f32) -> f32 {
-    f32::from_bits(value.to_bits() ^ (a.to_bits() ^ b.to_bits()) & 1 << 31)
+pub fn min_magnitude(a: f32, b: f32) -> f32 {
+    xor_sign(a, b, min(a.abs(), b.abs()))
+}
+
+#[inline(always)]
+pub fn max_magnitude(a: f32, b: f32) -> f32 {
+    xor_sign(a, b, max(a.abs(), b.abs()))
+}
+
+#[inline(always)]
+fn xor_sign(a: f32, b: f32, magnitude: f32) -> f32 {
+    f32::from_bits(magnitude.to_bits() ^ (a.to_bits() ^ b.to_bits()) & 1 << 31)
 }

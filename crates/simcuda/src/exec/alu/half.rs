@@ -1,7 +1,7 @@
-//! Arithmetic of f16, bf16 and their pairs. On f32 values: what is exact there, or has the 2p + 2 bits that make a
+//! Arithmetic of f16, bf16 and their pairs, on f32 values. What is exact in f32, or has there the 2p + 2 bits that make a
 //! second rounding harmless, is rounded by the destination; the rest is rounded to odd first.
 
-use super::float::{max, min, or_nan, xor_sign};
+use super::float::{max, max_magnitude, min, min_magnitude, or_nan};
 use super::lanes::*;
 use super::{Entry, Env, forms};
 use crate::num::approx::{self, pow2};
@@ -15,27 +15,31 @@ macro_rules! both {
     )*) => {
         forms! { common: $(
             $(concat!($form, $x1)),+ => ($($arg: $F),+) -> $F { $value }
-            $(concat!($form, $x2)),+ => ($($arg: $P),+) -> $P { [0, 1].map(|i| { $(let $arg = $arg[i];)+ $value }) }
+            $(concat!($form, $x2)),+ => ($($arg: $P),+) -> $P {
+                let low = { $(let $arg = $arg[0];)+ $value };
+                let high = { $(let $arg = $arg[1];)+ $value };
+                [low, high]
+            }
         )*}
     };
 }
 
 macro_rules! arithmetic {
-    ($F:ident $x1:literal, $P:ident $x2:literal) => {
+    ($F:ident $x1:literal, $P:ident $x2:literal, $product:ident, $fused:ident) => {
         both! { $F $x1, $P $x2:
             "add", "add.rn" => |a, b| a + b;
             "sub", "sub.rn" => |a, b| a - b;
-            "mul", "mul.rn" => |a, b| product(a, b);
-            "fma.rn" => |a, b, c| fused(a, b, c);
-            "fma.rn.relu" => |a, b, c| relu(fused(a, b, c));
+            "mul", "mul.rn" => |a, b| $product(a, b);
+            "fma.rn" => |a, b, c| $fused(a, b, c);
+            "fma.rn.relu" => |a, b, c| relu($fused(a, b, c));
             "min" => |a, b| min(a, b);
             "max" => |a, b| max(a, b);
             "min.NaN" => |a, b| or_nan(a, b, min(a, b));
             "max.NaN" => |a, b| or_nan(a, b, max(a, b));
-            "min.xorsign.abs" => |a, b| xor_sign(a, b, min(a.abs(), b.abs()));
-            "max.xorsign.abs" => |a, b| xor_sign(a, b, max(a.abs(), b.abs()));
-            "min.NaN.xorsign.abs" => |a, b| or_nan(a, b, xor_sign(a, b, min(a.abs(), b.abs())));
-            "max.NaN.xorsign.abs" => |a, b| or_nan(a, b, xor_sign(a, b, max(a.abs(), b.abs())));
+            "min.xorsign.abs" => |a, b| min_magnitude(a, b);
+            "max.xorsign.abs" => |a, b| max_magnitude(a, b);
+            "min.NaN.xorsign.abs" => |a, b| or_nan(a, b, min_magnitude(a, b));
+            "max.NaN.xorsign.abs" => |a, b| or_nan(a, b, max_magnitude(a, b));
         }
     };
 }
@@ -43,8 +47,8 @@ macro_rules! arithmetic {
 const SATURATING: &[Entry] = both! { F16 ".f16", F16x2 ".f16x2":
     "add.sat", "add.rn.sat" => |a, b| saturate(a + b);
     "sub.sat", "sub.rn.sat" => |a, b| saturate(a - b);
-    "mul.sat", "mul.rn.sat" => |a, b| saturate(product(a, b));
-    "fma.rn.sat" => |a, b, c| saturate(fused(a, b, c));
+    "mul.sat", "mul.rn.sat" => |a, b| saturate(product_f16(a, b));
+    "fma.rn.sat" => |a, b, c| saturate(fused_f16(a, b, c));
 };
 
 const SIGNS: &[Entry] = forms! { rare:
@@ -70,21 +74,33 @@ const APPROXIMATE: &[Entry] = forms! { rare:
 };
 
 pub static TABLES: &[&[Entry]] = &[
-    arithmetic!(F16 ".f16", F16x2 ".f16x2"),
-    arithmetic!(BF16 ".bf16", BF16x2 ".bf16x2"),
+    arithmetic!(F16 ".f16", F16x2 ".f16x2", product_f16, fused_f16),
+    arithmetic!(BF16 ".bf16", BF16x2 ".bf16x2", product_bf16, fused_bf16),
     SATURATING,
     SIGNS,
     APPROXIMATE,
 ];
 
-/// Exact but for underflow, which happens to products of bf16.
+/// Exact: 22 bits.
 #[inline(always)]
-fn product(a: f32, b: f32) -> f32 {
+fn product_f16(a: f32, b: f32) -> f32 {
+    a * b
+}
+
+/// Exact in f64 but for underflow in f32.
+#[inline(always)]
+fn product_bf16(a: f32, b: f32) -> f32 {
     to_f32_odd(f64::from(a) * f64::from(b))
 }
 
+/// f64 loses bits of this sum only where they are too small by far to be more than a hint of inexactness in f16.
 #[inline(always)]
-fn fused(a: f32, b: f32, c: f32) -> f32 {
+fn fused_f16(a: f32, b: f32, c: f32) -> f32 {
+    to_f32_odd(f64::from(a) * f64::from(b) + f64::from(c))
+}
+
+#[inline(always)]
+fn fused_bf16(a: f32, b: f32, c: f32) -> f32 {
     to_f32_odd(sum_to_odd(f64::from(a) * f64::from(b), c.into()))
 }
 

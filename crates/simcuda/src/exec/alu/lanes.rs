@@ -52,20 +52,27 @@ fn narrow_mut(r: &mut Registers, slot: Slot) -> &mut [u32; 32] {
     &mut r.rows[slot as usize].0
 }
 
-/// The lanes in `mask` from `out`. Not inlined: a warp computes for many forms, but stores in two ways.
-#[inline(never)]
-fn blend<T: Copy>(row: &mut [T; 32], mask: u32, out: &[T; 32]) {
-    if mask == !0 {
-        *row = *out;
-    } else {
-        for (lane, bits) in row.iter_mut().enumerate() {
-            *bits = if mask >> lane & 1 != 0 { out[lane] } else { *bits };
+/// The lanes in `mask` from `out`. Not inlined: forms compute in a thousand ways, but store in two.
+macro_rules! blend {
+    ($name:ident $bits:ty) => {
+        #[inline(never)]
+        fn $name(row: &mut [$bits; 32], mask: u32, out: &[$bits; 32]) {
+            if mask == !0 {
+                *row = *out;
+            } else {
+                for (lane, bits) in row.iter_mut().enumerate() {
+                    let keep: $bits = if mask & 1 << lane == 0 { !0 } else { 0 };
+                    *bits = *bits & keep | out[lane] & !keep;
+                }
+            }
         }
-    }
+    };
 }
+blend!(blend_narrow u32);
+blend!(blend_wide u64);
 
 macro_rules! lane {
-    ($rows:ident, $rows_mut:ident, $bits:ty: $(
+    ($rows:ident, $rows_mut:ident, $blend:ident, $bits:ty: $(
         $name:ident = $ty:ident: $value:ty, $b:ident => $from:expr, $v:ident => $to:expr;
     )*) => {$(
         pub struct $name;
@@ -89,14 +96,14 @@ macro_rules! lane {
             }
             #[inline(always)]
             fn write(r: &mut Registers, slot: Slot, mask: u32, out: &[$bits; 32]) {
-                blend($rows_mut(r, slot), mask, out);
+                $blend($rows_mut(r, slot), mask, out);
             }
         }
     )*};
 }
 
 // Narrow integers are stored as their type extends to 32 bits: `cvt` may have a wider destination.
-lane! { narrow, narrow_mut, u32:
+lane! { narrow, narrow_mut, blend_narrow, u32:
     U8 = U8: u8, b => b as u8, v => v.into();
     S8 = S8: i8, b => b as i8, v => v as u32;
     B16 = B16: u16, b => b as u16, v => v.into();
@@ -118,7 +125,7 @@ lane! { narrow, narrow_mut, u32:
     BF16x2Bits = BF16x2: u32, b => b, v => v;
 }
 
-lane! { wide, wide_mut, u64:
+lane! { wide, wide_mut, blend_wide, u64:
     B64 = B64: u64, b => b, v => v;
     U64 = U64: u64, b => b, v => v;
     S64 = S64: i64, b => b as i64, v => v as u64;

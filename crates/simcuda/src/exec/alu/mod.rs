@@ -78,8 +78,7 @@ impl Alu {
     /// Executes the lanes in `mask`; the others keep what `dst` holds. Sources beyond the signature's are not read;
     /// each may be the destination.
     pub fn run(self, r: &mut Registers, mask: u32, dst: Slot, src: [Slot; 4], env: &Env) {
-        // SAFETY: the CPU has the features of the level that `level` returns.
-        unsafe { self.0.run[level()](r, mask, dst, src, env) }
+        self.0.run[level()](r, mask, dst, src, env);
     }
 }
 
@@ -105,8 +104,7 @@ struct Entry {
     run: [Run; 2],
 }
 
-/// Safe to call where the CPU has the features that the function is compiled for.
-type Run = unsafe fn(&mut Registers, u32, Slot, [Slot; 4], &Env);
+type Run = fn(&mut Registers, u32, Slot, [Slot; 4], &Env);
 
 fn entries() -> impl Iterator<Item = &'static Entry> {
     [integer::TABLES, bits::TABLES, select::TABLES, float::TABLES, half::TABLES, convert::TABLES]
@@ -118,6 +116,8 @@ fn entries() -> impl Iterator<Item = &'static Entry> {
 
 /// What a row computes, for one lane.
 trait Form {
+    /// Whether `lane` asks the [`Env`].
+    const APPROXIMATE: bool;
     type Destination: Lane;
     type Sources: Sources;
     fn lane(
@@ -126,22 +126,43 @@ trait Form {
     ) -> <Self::Destination as Lane>::Value;
 }
 
-/// The loop over the lanes, with the function of one lane inlined and vectorised. All lanes are computed, and those not
-/// in `mask` dropped: that needs no branches.
-#[inline(always)]
+/// All lanes by a loop of the form's own. Those not in `mask` are computed and dropped: that needs no branches.
 fn vector<F: Form>(r: &mut Registers, mask: u32, dst: Slot, src: [Slot; 4], env: &Env) {
-    let rows = F::Sources::rows(r, src);
-    let mut out = [Default::default(); 32];
-    for (lane, bits) in out.iter_mut().enumerate() {
-        *bits = F::Destination::bits(F::lane(F::Sources::at(rows, lane), env), lane);
+    if F::APPROXIMATE && env.perturb.is_some() {
+        return scalar::<F>(r, mask, dst, src, env);
     }
+    let mut out = [Default::default(); 32];
+    let rows = F::Sources::rows(r, src);
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: `level` lets this function run where `has_avx2`.
+    unsafe {
+        fill_avx2::<F>(&mut out, rows);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    fill::<F>(&mut out, rows);
     F::Destination::write(r, dst, mask, &out);
 }
 
+/// A function of its own, because as a parameter `out` is known not to be part of `rows`.
 #[cfg(target_arch = "x86_64")]
+#[inline(never)]
 #[target_feature(enable = "avx2,bmi1,bmi2,fma,lzcnt,popcnt")]
-fn avx2<F: Form>(r: &mut Registers, mask: u32, dst: Slot, src: [Slot; 4], env: &Env) {
-    vector::<F>(r, mask, dst, src, env);
+fn fill_avx2<F: Form>(
+    out: &mut [<F::Destination as Lane>::Bits; 32],
+    rows: <F::Sources as Sources>::Rows<'_>,
+) {
+    fill::<F>(out, rows);
+}
+
+#[inline(always)]
+fn fill<F: Form>(
+    out: &mut [<F::Destination as Lane>::Bits; 32],
+    rows: <F::Sources as Sources>::Rows<'_>,
+) {
+    let env = &Env { perturb: None };
+    for (lane, bits) in out.iter_mut().enumerate() {
+        *bits = F::Destination::bits(F::lane(F::Sources::at(rows, lane), env), lane);
+    }
 }
 
 /// Lane by lane, through a pointer: one loop for all forms of a signature.
@@ -184,11 +205,7 @@ fn level() -> usize {
 impl Entry {
     /// A row that kernels spend their time in.
     const fn common<F: Form>(forms: &'static [&'static str]) -> Self {
-        #[cfg(target_arch = "x86_64")]
-        let best: Run = avx2::<F>;
-        #[cfg(not(target_arch = "x86_64"))]
-        let best: Run = vector::<F>;
-        Self { forms, signature: Self::signature::<F>(), run: [scalar::<F>, best] }
+        Self { forms, signature: Self::signature::<F>(), run: [scalar::<F>, vector::<F>] }
     }
 
     /// A row not worth a loop of its own: there are a thousand, and each loop takes the compiler 20 ms.
@@ -211,6 +228,7 @@ macro_rules! forms {
             impl $crate::exec::alu::Form for Row {
                 type Destination = $destination;
                 type Sources = ($($source,)+);
+                const APPROXIMATE: bool = false $(|| stringify!($env).len() > 0)?;
                 #[inline(always)]
                 fn lane(
                     ($($arg,)+): <Self::Sources as $crate::exec::alu::lanes::Sources>::Values,

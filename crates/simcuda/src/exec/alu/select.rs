@@ -60,19 +60,19 @@ macro_rules! compare_floats {
     ($kind:ident: $($before:literal $after:literal),+ => $F:ident -> $D:ident, $result:ident) => {
         forms! { $kind:
             $(concat!($before, "eq", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a == b) }
-            $(concat!($before, "ne", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a < b || a > b) }
+            $(concat!($before, "ne", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| (a < b) | (a > b)) }
             $(concat!($before, "lt", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a < b) }
             $(concat!($before, "le", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a <= b) }
             $(concat!($before, "gt", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a > b) }
             $(concat!($before, "ge", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a >= b) }
-            $(concat!($before, "equ", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a == b || a.is_nan() || b.is_nan()) }
+            $(concat!($before, "equ", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| (a == b) | a.is_nan() | b.is_nan()) }
             $(concat!($before, "neu", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a != b) }
-            $(concat!($before, "ltu", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a < b || a.is_nan() || b.is_nan()) }
-            $(concat!($before, "leu", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a <= b || a.is_nan() || b.is_nan()) }
-            $(concat!($before, "gtu", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a > b || a.is_nan() || b.is_nan()) }
-            $(concat!($before, "geu", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a >= b || a.is_nan() || b.is_nan()) }
-            $(concat!($before, "num", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| !a.is_nan() && !b.is_nan()) }
-            $(concat!($before, "nan", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a.is_nan() || b.is_nan()) }
+            $(concat!($before, "ltu", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| (a < b) | a.is_nan() | b.is_nan()) }
+            $(concat!($before, "leu", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| (a <= b) | a.is_nan() | b.is_nan()) }
+            $(concat!($before, "gtu", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| (a > b) | a.is_nan() | b.is_nan()) }
+            $(concat!($before, "geu", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| (a >= b) | a.is_nan() | b.is_nan()) }
+            $(concat!($before, "num", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| !a.is_nan() & !b.is_nan()) }
+            $(concat!($before, "nan", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a.is_nan() | b.is_nan()) }
         }
     };
 }
