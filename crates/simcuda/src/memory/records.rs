@@ -292,7 +292,7 @@ fn alike(cells: &[Cell]) -> usize {
 fn enter(me: &Record, past: [Option<Past>; 3], cells: &mut [Cell], mine: impl Fn(usize) -> u32) {
     let kept = past.map(|past| past.filter(|past| !past.hidden_by(me)).map(|past| past.record));
     let newcomer = if me.write { kept[0] } else { Some(*me) };
-    let place = newcomer.and_then(|newcomer| place(kept[1], kept[2], &newcomer));
+    let place = newcomer.and_then(|newcomer| place(kept[1], kept[2], &newcomer, me.op));
     for slot in [1, 2] {
         if place == Some(slot) && me.write {
             cells.iter_mut().for_each(|cell| cell[slot] = cell[0]);
@@ -307,12 +307,13 @@ fn enter(me: &Record, past: [Option<Past>; 3], cells: &mut [Cell], mine: impl Fn
     }
 }
 
-/// Which of the two other slots a third access takes, if any: a free one; else that of the access which fewest can
-/// race with, and of equals that of its own warp, so that different warps stay.
-fn place(a: Option<Record>, b: Option<Record>, newcomer: &Record) -> Option<usize> {
+/// Which of the two other slots a third access takes, if any: a free one; else that of an earlier operation; else
+/// that of the access which fewest can race with; of equals that of its own warp, so that different warps stay.
+fn place(a: Option<Record>, b: Option<Record>, newcomer: &Record, op: u32) -> Option<usize> {
     let (Some(a), Some(b)) = (a, b) else { return Some(if a.is_none() { 1 } else { 2 }) };
-    let least = a.rank.max(b.rank).max(newcomer.rank);
-    match (a.rank == least, b.rank == least) {
+    let idle = |record: &Record| (record.op != op, record.rank);
+    let most = idle(&a).max(idle(&b)).max(idle(newcomer));
+    match (idle(&a) == most, idle(&b) == most) {
         (false, false) => None,
         (true, true) => Some(if newcomer.warp == b.warp { 2 } else { 1 }),
         (only_a, _) => Some(if only_a { 1 } else { 2 }),
