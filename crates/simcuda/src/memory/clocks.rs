@@ -101,6 +101,8 @@ pub struct Clocks {
     /// Warps that did `bar.arrive`, by block and barrier.
     arrivals: HashMap<(u32, u32), Knowledge>,
     locations: HashMap<u64, Location>,
+    /// Warp, its block and its index there, of the access under way.
+    current: (u32, u32, u32),
 }
 
 /// One warp's view of what is ordered before it.
@@ -123,6 +125,7 @@ impl Clocks {
             blocks: Vec::new(),
             arrivals: HashMap::new(),
             locations: HashMap::new(),
+            current: (0, 0, 0),
         }
     }
 
@@ -152,8 +155,8 @@ impl Clocks {
     /// does next; for one and the same warp, before what its other lanes do.
     #[cfg(test)]
     pub fn ordered(&mut self, earlier: u32, clock: u32, strong: bool, now: u32) -> bool {
-        self.warp(now);
-        self.view(now).is_some_and(|view| view.ordered(earlier, clock, strong))
+        self.start(now);
+        self.view().is_some_and(|view| view.ordered(earlier, clock, strong))
     }
 
     /// The warps of a block wait for each other at barrier `id`, along with those that arrived there.
@@ -271,9 +274,9 @@ impl Clocks {
         }
     }
 
-    /// The view of a warp that has been seen before.
-    pub(super) fn view(&self, warp: u32) -> Option<View<'_>> {
-        let (block, index) = (warp / self.warps_per_block, warp % self.warps_per_block);
+    /// The view of the warp that started its access last.
+    pub(super) fn view(&self) -> Option<View<'_>> {
+        let (warp, block, index) = self.current;
         let warps = self.blocks.get(block as usize)?.as_ref()?;
         Some(View {
             warp: &warps[index as usize],
@@ -284,9 +287,10 @@ impl Clocks {
         })
     }
 
-    /// Makes the warp's block known.
+    /// A warp starts an access.
     pub(super) fn start(&mut self, warp: u32) {
-        self.warp(warp);
+        let (block, _, own, _) = self.warp(warp);
+        self.current = (warp, block, own as u32 / 2);
     }
 
     fn block(&mut self, block: u32) -> &mut [Warp] {

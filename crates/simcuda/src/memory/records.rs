@@ -75,12 +75,8 @@ pub(super) enum Kind {
     ReadOnly,
 }
 
-/// The three slots of some cells.
-pub(super) struct Slots<'a> {
-    pub(super) write: &'a mut [u32],
-    pub(super) a: &'a mut [u32],
-    pub(super) b: &'a mut [u32],
-}
+/// The last write and two other accesses.
+pub(super) type Cell = [u32; 3];
 
 /// How an earlier access stands to the present one.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -183,25 +179,23 @@ impl Records {
     /// `i` is touched by lane `lane + (i >> per_lane)`. Says whether a plain store met a strong write of its launch.
     pub(super) fn touch(
         &self,
-        slots: Slots<'_>,
+        cells: &mut [Cell],
         mine: u32,
         lane: u32,
         per_lane: u32,
         who: &Who<'_>,
     ) -> Result<bool, Conflict> {
-        let Slots { write, a, b } = slots;
         let me = self.all[(mine >> 5) as usize];
         let (mut at, mut met_strong) = (0, false);
-        while at < write.len() {
+        while at < cells.len() {
             let mine_at = |i: usize| mine | (lane + ((at + i) as u32 >> per_lane));
-            let (w, a, b) = (&mut write[at..], &mut a[at..], &mut b[at..]);
-            let mut like = alike(w, a, b);
-            let cell = [w[0], a[0], b[0]];
+            let rest = &mut cells[at..];
+            let mut like = alike(rest);
+            let cell = rest[0];
             let mut past = cell.map(|slot| self.past(slot, &me, who));
             if past.iter().flatten().any(|past| past.when == When::SameWarp) {
                 // Lanes decide: as far as they agree.
-                let same =
-                    |i: usize| [w[i], a[i], b[i]].map(|slot| (slot ^ mine_at(i)) & LANE == 0);
+                let same = |i: usize| rest[i].map(|slot| (slot ^ mine_at(i)) & LANE == 0);
                 let lanes = same(0);
                 like = (1..like).find(|i| same(*i) != lanes).unwrap_or(like);
                 for (past, same) in past.iter_mut().zip(lanes) {
@@ -225,7 +219,7 @@ impl Records {
             }
             let strong = |past: Past| past.record.op == me.op && past.record.rank != Rank::Weak;
             met_strong |= me.write && me.rank == Rank::Weak && past[0].is_some_and(strong);
-            enter(&me, past, [&mut w[..like], &mut a[..like], &mut b[..like]], mine_at);
+            enter(&me, past, &mut rest[..like], mine_at);
             at += like;
         }
         Ok(met_strong)
@@ -276,56 +270,50 @@ impl Past {
 }
 
 /// How many cells from the first on name the same records.
-fn alike(w: &[u32], a: &[u32], b: &[u32]) -> usize {
-    let (w0, a0, b0) = (w[0], a[0], b[0]);
-    let differ = |from: usize, to: usize| {
-        let cells = w[from..to].iter().zip(&a[from..to]).zip(&b[from..to]);
-        cells.fold(0, |all, ((w, a), b)| all | (w ^ w0) | (a ^ a0) | (b ^ b0)) > LANE
+fn alike(cells: &[Cell]) -> usize {
+    // Four cells at a time, to be compared as vectors.
+    let pattern: [u32; 12] = std::array::from_fn(|i| cells[0][i % 3]);
+    let differ = |of: &[Cell]| {
+        let (fours, rest) = of.as_flattened().as_chunks::<12>();
+        let or = |all: [u32; 12], four: &[u32; 12]| {
+            std::array::from_fn(|i| all[i] | (four[i] ^ pattern[i]))
+        };
+        let all = fours.iter().fold([0; 12], or);
+        let rest = rest.iter().zip(&pattern).map(|(slot, first)| slot ^ first);
+        all.into_iter().chain(rest).fold(0, |all, bits| all | bits) > LANE
     };
-    if !differ(0, w.len()) {
-        return w.len();
+    if !differ(cells) {
+        return cells.len();
     }
-    let mut from = 0;
-    while !differ(from, (from + 16).min(w.len())) {
-        from += 16;
-    }
-    (from..w.len()).find(|i| differ(*i, i + 1)).unwrap_or(w.len())
+    cells.iter().position(|cell| differ(std::slice::from_ref(cell))).unwrap_or(cells.len())
 }
 
 /// Puts an access into cells that agree in what their slots hold.
-fn enter(
-    me: &Record,
-    past: [Option<Past>; 3],
-    slots: [&mut [u32]; 3],
-    mine: impl Fn(usize) -> u32,
-) {
-    let [write, a, b] = slots;
-    let fill = |slot: &mut [u32]| slot.iter_mut().enumerate().for_each(|(i, slot)| *slot = mine(i));
+fn enter(me: &Record, past: [Option<Past>; 3], cells: &mut [Cell], mine: impl Fn(usize) -> u32) {
     let kept = past.map(|past| past.filter(|past| !past.hidden_by(me)).map(|past| past.record));
     let newcomer = if me.write { kept[0] } else { Some(*me) };
-    let place = newcomer.and_then(|newcomer| place(kept[1], kept[2], &newcomer));
-    for (i, slot) in [(1, a), (2, b)] {
-        if place != Some(i) {
-            if past[i].is_some() && kept[i].is_none() {
-                slot.fill(0);
-            }
-        } else if me.write {
-            slot.copy_from_slice(write);
-        } else {
-            fill(slot);
+    let place = newcomer.and_then(|newcomer| place(kept[1], kept[2], &newcomer, me.op));
+    for slot in [1, 2] {
+        if place == Some(slot) && me.write {
+            cells.iter_mut().for_each(|cell| cell[slot] = cell[0]);
+        } else if place == Some(slot) {
+            cells.iter_mut().enumerate().for_each(|(i, cell)| cell[slot] = mine(i));
+        } else if past[slot].is_some() && kept[slot].is_none() {
+            cells.iter_mut().for_each(|cell| cell[slot] = 0);
         }
     }
     if me.write {
-        fill(write);
+        cells.iter_mut().enumerate().for_each(|(i, cell)| cell[0] = mine(i));
     }
 }
 
-/// Which of the two other slots a third access takes, if any: a free one; else that of the access which fewest can
-/// race with, and of equals that of its own warp, so that different warps stay.
-fn place(a: Option<Record>, b: Option<Record>, newcomer: &Record) -> Option<usize> {
+/// Which of the two other slots a third access takes, if any: a free one; else that of an earlier operation; else
+/// that of the access which fewest can race with; of equals that of its own warp, so that different warps stay.
+fn place(a: Option<Record>, b: Option<Record>, newcomer: &Record, op: u32) -> Option<usize> {
     let (Some(a), Some(b)) = (a, b) else { return Some(if a.is_none() { 1 } else { 2 }) };
-    let least = a.rank.max(b.rank).max(newcomer.rank);
-    match (a.rank == least, b.rank == least) {
+    let idle = |record: &Record| (record.op != op, record.rank);
+    let most = idle(&a).max(idle(&b)).max(idle(newcomer));
+    match (idle(&a) == most, idle(&b) == most) {
         (false, false) => None,
         (true, true) => Some(if newcomer.warp == b.warp { 2 } else { 1 }),
         (only_a, _) => Some(if only_a { 1 } else { 2 }),

@@ -407,15 +407,8 @@ impl Region {
         write: bool,
     ) -> Result<bool, Conflict> {
         let Request { warp, inst, order, non_coherent, .. } = *r;
-        let who = Who {
-            op: clocks.op(),
-            view: clocks.view(warp),
-            warp,
-            inst,
-            write,
-            order,
-            non_coherent,
-        };
+        let who =
+            Who { op: clocks.op(), view: clocks.view(), warp, inst, write, order, non_coherent };
         self.shadow.access(run, &who)
     }
 

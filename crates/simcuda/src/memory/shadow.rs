@@ -1,16 +1,17 @@
-//! The race shadow of a region: per 4-byte word a cell that says who touched it (see `records`), in pages.
+//! The race shadow of a region: cells that say who touched their bytes (see `records`), in pages.
 //!
-//! A page that was only ever touched as a whole, by copies and fills, is one cell. Accesses of 1 or 2 bytes refine
-//! their page, because neighbouring lanes may store the two halves of a word.
+//! A page that was only ever touched as a whole, by copies and fills, is one cell. Otherwise its cells are as wide as
+//! the narrowest access to it so far: 16 bytes at most, which most memory never leaves, down to one, because
+//! neighbouring lanes may store the two halves of a word.
 
 use super::Run;
-use super::records::{Conflict, Records, Slots, Who};
+use super::records::{Cell, Conflict, Records, Who};
 
 /// Bytes of a page: a multiple of the widest access, small because gathers touch little of many pages.
 const PAGE: u64 = 1024;
 
-/// Cells of 4 bytes, until something narrower comes.
-const WORD: u32 = 2;
+/// The widest cells, those of the widest access: 16 bytes.
+const WIDEST: u32 = 4;
 
 /// More distinct records than this are not worth keeping; a slot names at most 2^27.
 const MOST: usize = 1 << 26;
@@ -25,11 +26,11 @@ pub(super) struct Shadow {
 
 #[derive(Debug)]
 enum Page {
-    Whole([u32; 3]),
-    /// Cells of `1 << shift` bytes; three slots each, the same slot of all cells side by side.
+    Whole(Cell),
+    /// Cells of `1 << shift` bytes.
     Cells {
         shift: u32,
-        slots: Box<[Vec<u32>; 3]>,
+        cells: Box<[Cell]>,
     },
 }
 
@@ -44,10 +45,8 @@ impl Shadow {
     pub(super) fn reset(&mut self) {
         for page in &mut self.pages {
             match page {
-                Page::Cells { shift: WORD, slots } => {
-                    slots.iter_mut().for_each(|slot| slot.fill(0))
-                }
-                page => *page = Page::Whole([0; 3]),
+                Page::Whole(cell) => *cell = [0; 3],
+                Page::Cells { cells, .. } => cells.fill([0; 3]),
             }
         }
         self.records.reset();
@@ -101,24 +100,18 @@ impl Shadow {
             }
             let page = &mut self.pages[index];
             let lane = first + ((from - at) as u32).checked_div(width).unwrap_or(0);
-            if to - from == PAGE
-                && width == 0
-                && let Page::Whole(cell) = page
-            {
-                let [write, a, b] = cell.each_mut().map(std::slice::from_mut);
-                self.records.touch(Slots { write, a, b }, mine, lane, 0, who)?;
+            let whole = to - from == PAGE && width == 0;
+            if let (true, Page::Whole(cell)) = (whole, &mut *page) {
+                self.records.touch(std::slice::from_mut(cell), mine, lane, 0, who)?;
             } else {
-                // The finest of what the page has and of what the ends and the lanes need.
-                let fine = from | to | u64::from(width) | 1 << WORD;
-                let (shift, slots) = page.cells(fine.trailing_zeros());
-                let range =
-                    (from % PAGE >> shift) as usize..((to - from + from % PAGE) >> shift) as usize;
-                let [write, a, b] = slots.each_mut().map(|slot| &mut slot[range.clone()]);
-                let per_lane =
-                    if width == 0 { u32::BITS - 1 } else { width.trailing_zeros() - shift };
-                met_strong |=
-                    self.records.touch(Slots { write, a, b }, mine, lane, per_lane, who)?;
-                if to - from == PAGE && width == 0 {
+                // As narrow as the ends and the lanes are.
+                let narrow = from | to | u64::from(width) | 1 << WIDEST;
+                let (shift, cells) = page.cells(narrow.trailing_zeros());
+                let start = from % PAGE;
+                let range = (start >> shift) as usize..((start + to - from) >> shift) as usize;
+                let per_lane = width.checked_ilog2().map_or(u32::BITS - 1, |wide| wide - shift);
+                met_strong |= self.records.touch(&mut cells[range], mine, lane, per_lane, who)?;
+                if whole {
                     page.merge();
                 }
             }
@@ -143,7 +136,9 @@ impl Shadow {
         for page in &mut self.pages {
             match page {
                 Page::Whole(cell) => cell.iter_mut().for_each(&mut each),
-                Page::Cells { slots, .. } => slots.iter_mut().flatten().for_each(&mut each),
+                Page::Cells { cells, .. } => {
+                    cells.as_flattened_mut().iter_mut().for_each(&mut each)
+                }
             }
         }
     }
@@ -151,34 +146,31 @@ impl Shadow {
 
 impl Page {
     /// The page's cells, of at most `1 << shift` bytes.
-    fn cells(&mut self, shift: u32) -> (u32, &mut [Vec<u32>; 3]) {
+    fn cells(&mut self, shift: u32) -> (u32, &mut [Cell]) {
         match self {
             Self::Whole(cell) => {
-                let slots = cell.map(|slot| vec![slot; PAGE as usize >> shift]);
-                *self = Self::Cells { shift, slots: Box::new(slots) };
+                let cells = vec![*cell; PAGE as usize >> shift].into();
+                *self = Self::Cells { shift, cells };
             }
-            Self::Cells { shift: now, slots } if *now > shift => {
+            Self::Cells { shift: now, cells } if *now > shift => {
                 let times = 1 << (*now - shift);
-                for slot in slots.iter_mut() {
-                    *slot =
-                        slot.iter().flat_map(|cell| std::iter::repeat_n(*cell, times)).collect();
-                }
+                *cells = cells.iter().flat_map(|cell| std::iter::repeat_n(*cell, times)).collect();
                 *now = shift;
             }
             Self::Cells { .. } => {}
         }
         match self {
-            Self::Cells { shift, slots } => (*shift, slots),
+            Self::Cells { shift, cells } => (*shift, cells),
             Self::Whole(_) => unreachable!("made cells above"),
         }
     }
 
     /// One cell again, if all are alike.
     fn merge(&mut self) {
-        if let Self::Cells { slots, .. } = self
-            && slots.iter().all(|slot| slot.iter().all(|cell| *cell == slot[0]))
+        if let Self::Cells { cells, .. } = self
+            && cells.iter().all(|cell| *cell == cells[0])
         {
-            *self = Self::Whole(slots.each_ref().map(|slot| slot[0]));
+            *self = Self::Whole(cells[0]);
         }
     }
 }

@@ -3,29 +3,38 @@
 use super::*;
 use std::time::Instant;
 
-/// Warps of one block stream over 4 MiB, 512 bytes an access.
-fn stream(name: &str, check: Checks, mut lane_at: impl FnMut(u64, u64) -> u64) {
-    const BYTES: u64 = 4 << 20;
-    let mut launch = Launch::global(BYTES);
+/// Warps of one block stream over memory that fits into a cache, or does not; 512 bytes an access.
+fn stream(name: &str, check: Checks, lane_at: impl Fn(u64, u64) -> u64) {
+    for kib in [64, 4096] {
+        measure(&format!("{name}, {kib} KiB"), check, kib << 10, &lane_at);
+    }
+}
+
+fn measure(name: &str, check: Checks, bytes: u64, lane_at: impl Fn(u64, u64) -> u64) {
+    let mut launch = Launch::global(bytes);
     let Target::Global(memory, base) = &mut launch.target else { unreachable!() };
+    let row = |i| std::array::from_fn(|lane| *base + lane_at(i, lane as u64) % bytes);
+    let rows: Vec<[u64; 32]> = (0..bytes / 512).map(row).collect();
     let mut lanes = [[1; 16]; 32];
-    let (mut load, mut store) = (f64::MAX, f64::MAX);
-    for round in 0..12 {
+    let mut best = [f64::MAX; 2];
+    for round in 0..(48 << 20) / bytes as u32 {
         let mut clocks = Clocks::new(&op(round + 2), 4, 8);
-        for stores in [false, true] {
+        for (stores, best) in [false, true].into_iter().zip(&mut best) {
             let started = Instant::now();
-            for i in 0..BYTES / 512 {
-                let addresses = std::array::from_fn(|lane| *base + lane_at(i, lane as u64) % BYTES);
+            for (addresses, i) in rows.iter().zip(0..) {
+                let (acquire, release, non_coherent) = (false, false, false);
+                let (width, order, warp, inst) = (16, Order::Weak, i % 8, 7);
+                let mask = u32::MAX;
                 let r = Request {
-                    mask: u32::MAX,
-                    addresses: &addresses,
-                    width: 16,
-                    order: Order::Weak,
-                    acquire: false,
-                    release: false,
-                    warp: (i % 8) as u32,
-                    inst: 7,
-                    non_coherent: false,
+                    mask,
+                    addresses,
+                    width,
+                    order,
+                    acquire,
+                    release,
+                    warp,
+                    inst,
+                    non_coherent,
                 };
                 if stores {
                     memory.store(&r, &mut clocks, check, &lanes).unwrap();
@@ -34,11 +43,10 @@ fn stream(name: &str, check: Checks, mut lane_at: impl FnMut(u64, u64) -> u64) {
                 }
             }
             clocks.barrier(0, 0, 0xff);
-            let best = if stores { &mut store } else { &mut load };
-            *best = best.min(started.elapsed().as_nanos() as f64 / (BYTES / 512) as f64);
+            *best = best.min(started.elapsed().as_nanos() as f64 / rows.len() as f64);
         }
     }
-    println!("{name}: load {load:.0} ns, store {store:.0} ns per warp");
+    println!("{name}: load {:.0} ns, store {:.0} ns per warp", best[0], best[1]);
 }
 
 #[test]
@@ -48,9 +56,12 @@ fn ns_per_access() {
     stream("contiguous, no checks", none, |i, lane| i * 512 + lane * 16);
     stream("contiguous, init", Checks { init: true, ..none }, |i, lane| i * 512 + lane * 16);
     stream("contiguous, all checks", ALL, |i, lane| i * 512 + lane * 16);
-    // Rows of 256 bytes in any order.
-    stream("two rows, all checks", ALL, |i, lane| {
-        (2 * i + lane / 16) * 1021 % 16384 * 256 + lane % 16 * 16
+    stream("rows of 256 bytes, no checks", none, |i, lane| {
+        (2 * i + lane / 16) * 1021 * 256 + lane % 16 * 16
     });
-    stream("32 places, all checks", ALL, |i, lane| (i + lane * 8192) * 16);
+    stream("32 places, no checks", none, |i, lane| (i * 32 + lane) * 1021 * 16);
+    stream("rows of 256 bytes, all checks", ALL, |i, lane| {
+        (2 * i + lane / 16) * 1021 * 256 + lane % 16 * 16
+    });
+    stream("32 places, all checks", ALL, |i, lane| (i * 32 + lane) * 1021 * 16);
 }

@@ -57,6 +57,16 @@ fn readers_do_not_race_and_any_of_many_is_remembered() {
 }
 
 #[test]
+fn of_three_readers_those_of_different_warps_are_kept() {
+    for mut launch in both() {
+        launch.read(by(0), 8).unwrap();
+        launch.load(by(1), &[(0, 8), (1, 8)]).unwrap();
+        launch.clocks.warp_sync(1);
+        fault(launch.write(by(1), 8), Class::Race, &["warp 0 in block 0 read it"]);
+    }
+}
+
+#[test]
 fn lanes_of_a_warp_need_a_warp_sync() {
     for mut launch in both() {
         launch.write(by(0), 8).unwrap();
@@ -179,6 +189,16 @@ fn atomics_meet_atomics_but_not_plain_accesses() {
         // Its own atomic does not hide the plain write before it.
         fault(launch.add(atomic(0), &[(0, 8)]), Class::Race, &["warp 3"]);
     }
+}
+
+#[test]
+fn a_read_does_not_hide_an_atomic() {
+    let mut launch = Launch::global(64);
+    let strong = |warp| by(warp).strong(Scope::Device);
+    launch.add(strong(0), &[(0, 8)]).unwrap();
+    launch.add(strong(4), &[(0, 8)]).unwrap();
+    launch.read(strong(0), 8).unwrap();
+    fault(launch.read(by(4), 8), Class::Race, &["block 0 wrote it"]);
 }
 
 #[test]
