@@ -9,6 +9,7 @@ use super::handle::{Handle, Kind};
 use super::module::Function;
 use super::occupancy::{device_blocks, max_threads, warps_by_registers};
 use super::status::{Cu, Status};
+use super::stream::locked;
 use super::work::{Action, Launch};
 use crate::ptx::Kernel;
 
@@ -83,9 +84,9 @@ fn from_extra(kernel: &Kernel, extra: In<usize>) -> Cu<Vec<u8>> {
 }
 
 fn launch(function: Handle, shape: Shape, stream: Handle, array: In<Host>, extra: In<usize>, cooperative: bool) -> Cu {
-    let (mut device, context) = device::current()?;
+    let (mut device, stream) = locked(stream)?;
     let found = device.function(function)?;
-    if found.context != context {
+    if found.context != device.streams[&stream].context {
         return Err(Status::INVALID_HANDLE);
     }
     shape.check(found, cooperative)?;
@@ -98,7 +99,6 @@ fn launch(function: Handle, shape: Shape, stream: Handle, array: In<Host>, extra
     };
     let Shape { grid, block, dynamic_shared } = shape;
     let launch = Launch { module: found.module.clone(), kernel: found.kernel, grid, block, dynamic_shared, params };
-    let stream = device.stream(context, stream)?;
     device.submit(stream, Action::Launch(Arc::new(launch)))
 }
 

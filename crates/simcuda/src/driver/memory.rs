@@ -8,6 +8,7 @@ use super::device::{self, Allocation, Device};
 use super::finding;
 use super::handle::Handle;
 use super::status::{Cu, Status};
+use super::stream::locked;
 use super::work::Action;
 use crate::Class;
 
@@ -36,8 +37,7 @@ impl Device {
 
 fn allocate_async(address: &Out<u64>, bytes: usize, pool: Option<Handle>, stream: Handle) -> Cu {
     address.check()?;
-    let (mut device, context) = device::current()?;
-    let stream = device.stream(context, stream)?;
+    let (mut device, stream) = locked(stream)?;
     if device.is_capturing(stream) {
         device.invalidate_of(stream);
         device.log.reports.push(finding(Class::Unsupported, "allocation inside a capture".into()));
@@ -48,14 +48,14 @@ fn allocate_async(address: &Out<u64>, bytes: usize, pool: Option<Handle>, stream
         return address.set(0);
     }
     let pool = pool.unwrap_or(device.current_pool);
+    let context = device.streams[&stream].context;
     let at = device.allocate(context, bytes as u64, Some(pool), false)?;
     address.set(at)
 }
 
 /// Sets `count` elements. A memset is asynchronous to the host in all its forms.
 fn fill(at: u64, pattern: &[u8], count: usize, stream: Handle) -> Cu {
-    let (mut device, context) = device::current()?;
-    let stream = device.stream(context, stream)?;
+    let (mut device, stream) = locked(stream)?;
     let width = pattern.len() as u64;
     let bytes = width.checked_mul(count as u64).ok_or(Status::INVALID_VALUE)?;
     if bytes == 0 {
@@ -111,8 +111,7 @@ entries! {
     }
 
     fn cuMemFreeAsync(at: u64, stream: Handle) {
-        let (mut device, context) = device::current()?;
-        let stream = device.stream(context, stream)?;
+        let (mut device, stream) = locked(stream)?;
         if at == 0 {
             return Ok(());
         }

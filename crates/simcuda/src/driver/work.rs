@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::abi::{Host, HostFunction};
-use super::clock;
+use super::clock::{self, Clock};
 use super::device::Device;
 use super::finding;
 use super::handle::Handle;
@@ -104,8 +104,10 @@ impl Device {
 
     /// The order of something the host itself does: after all that it waited for, before all that it submits later.
     pub fn host_order(&mut self) -> OpOrder {
-        self.host[0] += 1;
-        let (seq, known) = (self.host[0], self.host.clone());
+        let (seq, known) = {
+            let mut host = clock::host();
+            (host.advance(self.ordinal, 0), host.on(self.ordinal).to_vec())
+        };
         self.order(0, seq, &known)
     }
 
@@ -118,7 +120,7 @@ impl Device {
         let owner = self.contexts.get(&context).ok_or(Status::CONTEXT_IS_DESTROYED)?;
         let legacy = &self.streams[&owner.legacy];
         let mut after: Vec<u64> = after.iter().copied().chain(last).collect();
-        known.join_on(ordinal, &self.host);
+        known.join_on(ordinal, clock::host().on(ordinal));
         match role {
             Role::NonBlocking => {}
             Role::Blocking => {
@@ -127,11 +129,11 @@ impl Device {
             }
             Role::Legacy => {
                 after.extend(self.blocking_tasks(context));
-                known.join_on(ordinal, &owner.blocking);
+                known.join(&owner.blocking);
             }
         }
         known.tick(ordinal, actor, seq);
-        self.publish(context, role, known.on(ordinal));
+        self.publish(context, role, &known);
         let order = self.order(actor, seq, known.on(ordinal));
         let id = self.work.last;
         let s = self.streams.get_mut(&stream).ok_or(Status::INVALID_HANDLE)?;
@@ -148,11 +150,11 @@ impl Device {
     }
 
     /// Notes what waiting for all streams of the context makes known.
-    pub fn publish(&mut self, context: Handle, role: Role, known: &[u32]) {
+    fn publish(&mut self, context: Handle, role: Role, known: &Clock) {
         if let Some(owner) = self.contexts.get_mut(&context) {
-            clock::join(&mut owner.everything, known);
+            owner.everything.join(known);
             if role == Role::Blocking {
-                clock::join(&mut owner.blocking, known);
+                owner.blocking.join(known);
             }
         }
     }
@@ -181,16 +183,16 @@ impl Device {
     pub fn wait_stream(&mut self, stream: Handle) -> Cu {
         let s = self.streams.get(&stream).ok_or(Status::INVALID_HANDLE)?;
         let (context, role, last) = (s.context, s.role, s.last);
-        let mut known = s.clock.on(self.ordinal).to_vec();
+        let mut known = s.clock.clone();
         let mut tasks: Vec<u64> = last.into_iter().collect();
         if role == Role::Legacy {
             tasks.extend(self.blocking_tasks(context));
             if let Some(owner) = self.contexts.get(&context) {
-                clock::join(&mut known, &owner.blocking);
+                known.join(&owner.blocking);
             }
         }
         self.run_until(|pending| !tasks.iter().any(|task| pending.contains_key(task)));
-        clock::join(&mut self.host, &known);
+        clock::host().join(&known);
         self.settle_pools();
         Ok(())
     }
@@ -199,7 +201,7 @@ impl Device {
     pub fn finish(&mut self, context: Handle) {
         self.run_until(|pending| !pending.values().any(|task| task.context == context));
         if let Some(owner) = self.contexts.get(&context) {
-            clock::join(&mut self.host, &owner.everything);
+            clock::host().join(&owner.everything);
         }
         self.settle_pools();
     }
