@@ -57,7 +57,8 @@ pub fn device() -> usize {
     let Some(control) = control() else { return 0 };
     let ordinal = {
         let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
-        let free = taken.iter().position(|taken| !taken).expect("64 devices are taken by living threads");
+        let free =
+            taken.iter().position(|taken| !taken).expect("64 devices are taken by living threads");
         taken[free] = true;
         free
     };
@@ -85,7 +86,11 @@ pub fn reports(device: usize) -> Vec<Report> {
 /// That is its purpose.
 pub fn assert_clean(device: usize) {
     let reports = reports(device);
-    assert!(reports.is_empty(), "device {device}:\n{}", reports.iter().map(|r| format!("{r}\n")).collect::<String>());
+    assert!(
+        reports.is_empty(),
+        "device {device}:\n{}",
+        reports.iter().map(|r| format!("{r}\n")).collect::<String>()
+    );
 }
 
 /// How often a kernel was launched on a device since the last [`clear_counters`], and the sum of what those launches
@@ -111,7 +116,10 @@ pub fn clear_counters(device: usize) {
 
 /// Takes what kernels on a device printed.
 pub fn printed(device: usize) -> String {
-    String::from_utf8_lossy(&ask(device, |control, to| (control.printed)(device as u64, collect, to))).into_owned()
+    String::from_utf8_lossy(&ask(device, |control, to| {
+        (control.printed)(device as u64, collect, to)
+    }))
+    .into_owned()
 }
 
 /// Which devices living threads have.
@@ -156,34 +164,44 @@ fn load() -> Control {
     let path = find();
     let name = CString::new(path.as_os_str().as_bytes()).expect("a path has no NUL");
     // SAFETY: loading runs nothing but the library's own initialisers.
-    let library = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL | libc::RTLD_NODELETE) };
+    let library = unsafe {
+        libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL | libc::RTLD_NODELETE)
+    };
     assert!(!library.is_null(), "simcuda: cannot load {}: {}", path.display(), loader_error());
-    // SAFETY: each symbol is the function of that name in `driver::control`, with this signature: both halves come
-    // from one build.
+    // SAFETY: each symbol is the function of that name in `driver::control`, with the signature of the field: both
+    // halves come from one build.
     unsafe {
         Control {
-            policy: std::mem::transmute::<*mut c_void, _>(symbol(library, c"simcuda_ctl_policy")),
-            reports: std::mem::transmute::<*mut c_void, _>(symbol(library, c"simcuda_ctl_reports")),
-            counters: std::mem::transmute::<*mut c_void, _>(symbol(library, c"simcuda_ctl_counters")),
-            printed: std::mem::transmute::<*mut c_void, _>(symbol(library, c"simcuda_ctl_printed")),
-            clear: std::mem::transmute::<*mut c_void, _>(symbol(library, c"simcuda_ctl_clear")),
-            reset: std::mem::transmute::<*mut c_void, _>(symbol(library, c"simcuda_ctl_reset")),
+            policy: symbol(library, c"simcuda_ctl_policy"),
+            reports: symbol(library, c"simcuda_ctl_reports"),
+            counters: symbol(library, c"simcuda_ctl_counters"),
+            printed: symbol(library, c"simcuda_ctl_printed"),
+            clear: symbol(library, c"simcuda_ctl_clear"),
+            reset: symbol(library, c"simcuda_ctl_reset"),
         }
     }
 }
 
-fn symbol(library: *mut c_void, name: &CStr) -> *mut c_void {
+/// # Safety
+/// The symbol must be a function of type `F`.
+unsafe fn symbol<F: Copy>(library: *mut c_void, name: &CStr) -> F {
     // SAFETY: the library is loaded and never unloaded.
     let found = unsafe { libc::dlsym(library, name.as_ptr()) };
     assert!(!found.is_null(), "simcuda: libsimcuda.so has no {name:?}: {}", loader_error());
-    found
+    const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
+    // SAFETY: a function pointer has the size of a pointer, and the caller vouches for its type.
+    unsafe { std::mem::transmute_copy(&found) }
 }
 
 fn loader_error() -> String {
     // SAFETY: dlerror returns null or a C string that lives until the thread's next call to the loader.
     unsafe {
         let text = libc::dlerror();
-        if text.is_null() { "no reason given".into() } else { CStr::from_ptr(text).to_string_lossy().into_owned() }
+        if text.is_null() {
+            "no reason given".into()
+        } else {
+            CStr::from_ptr(text).to_string_lossy().into_owned()
+        }
     }
 }
 
@@ -191,11 +209,19 @@ fn loader_error() -> String {
 fn find() -> PathBuf {
     let executable = std::env::current_exe().expect("the process has an executable");
     let beside = executable.parent().expect("an executable lies in a folder");
-    let folders = [beside.to_path_buf(), beside.join("deps"), beside.join("../deps"), env!("SIMCUDA_DEPS_DIR").into()];
-    let candidates: Vec<PathBuf> = folders.iter().map(|folder| folder.join("libsimcuda.so")).collect();
+    let folders = [
+        beside.to_path_buf(),
+        beside.join("deps"),
+        beside.join("../deps"),
+        env!("SIMCUDA_DEPS_DIR").into(),
+    ];
+    let candidates: Vec<PathBuf> =
+        folders.iter().map(|folder| folder.join("libsimcuda.so")).collect();
     let found = candidates.iter().find(|path| path.is_file()).map(|path| Path::canonicalize(path));
     match found {
         Some(Ok(path)) => path,
-        _ => panic!("simcuda: no libsimcuda.so, looked for {candidates:?}; `cargo test` builds it for a dev-dependency"),
+        _ => panic!(
+            "simcuda: no libsimcuda.so, looked for {candidates:?}; `cargo test` builds it for a dev-dependency"
+        ),
     }
 }

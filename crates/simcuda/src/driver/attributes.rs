@@ -22,37 +22,37 @@ pub fn get(attribute: u32, ordinal: i32) -> Option<i32> {
         2..=4 => BLOCK_DIM[attribute as usize - 2] as i32,
         5..=7 => GRID_DIM[attribute as usize - 5] as i32,
         8 => SHARED as i32,
-        9 => 65_536,            // constant memory
-        10 => 32,               // warp
-        11 => i32::MAX,         // pitch
+        9 => 65_536,    // constant memory
+        10 => 32,       // warp
+        11 => i32::MAX, // pitch
         12 | 82 => REGISTERS as i32,
-        13 => 1_980_000,        // clock, kHz
-        14 => 512,              // texture alignment
-        15 | 31 => 1,           // copies and kernels overlap, kernels run concurrently
+        13 => 1_980_000, // clock, kHz
+        14 => 512,       // texture alignment
+        15 | 31 => 1,    // copies and kernels overlap, kernels run concurrently
         16 => MULTIPROCESSORS as i32,
-        30 => 512,              // surface alignment
-        32 => 1,                // ECC
-        33 => ordinal,          // PCI bus
-        36 => 2_619_000,        // memory clock, kHz
-        37 => 5120,             // bus width
-        38 => 50 << 20,         // L2
+        30 => 512,       // surface alignment
+        32 => 1,         // ECC
+        33 => ordinal,   // PCI bus
+        36 => 2_619_000, // memory clock, kHz
+        37 => 5120,      // bus width
+        38 => 50 << 20,  // L2
         39 => THREADS_PER_MULTIPROCESSOR as i32,
-        40 => 3,                // copy engines
-        41 => 1,                // unified addressing
-        51 => 32,               // texture pitch alignment
-        75 => 9,                // compute capability
+        40 => 3,  // copy engines
+        41 => 1,  // unified addressing
+        51 => 32, // texture pitch alignment
+        75 => 9,  // compute capability
         76 => 0,
-        78 => 1,                // stream priorities
-        79 | 80 => 1,           // L1
+        78 => 1,      // stream priorities
+        79 | 80 => 1, // L1
         81 => SHARED_PER_MULTIPROCESSOR as i32,
-        87 => 2,                // f32 to f64
-        90 => 1,                // preemption
-        95 => 1,                // cooperative launch
+        87 => 2, // f32 to f64
+        90 => 1, // preemption
+        95 => 1, // cooperative launch
         97 => SHARED_OPT_IN as i32,
         106 => BLOCKS_PER_MULTIPROCESSOR as i32,
         111 => SHARED_RESERVED as i32,
-        115 => 1,               // memory pools
-        1..=161 => 0,
+        115 => 1, // memory pools
+        _ if (1..=161).contains(&attribute) => 0,
         _ => return None,
     })
 }

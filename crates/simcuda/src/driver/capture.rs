@@ -36,7 +36,11 @@ thread_local! {
 
 impl Device {
     fn capture_of(&mut self, stream: Handle) -> Cu<(u64, &mut Capture)> {
-        let (id, _) = self.streams.get(&stream).and_then(|s| s.capture.as_ref()).ok_or(Status::ILLEGAL_STATE)?;
+        let (id, _) = self
+            .streams
+            .get(&stream)
+            .and_then(|s| s.capture.as_ref())
+            .ok_or(Status::ILLEGAL_STATE)?;
         let capture = self.captures.get_mut(id).ok_or(Status::ILLEGAL_STATE)?;
         Ok((*id, capture))
     }
@@ -51,7 +55,8 @@ impl Device {
     pub fn capture(&mut self, stream: Handle, action: Action) -> Cu {
         let (id, after) = self.capture_point(stream)?;
         let (_, capture) = self.live_capture(stream)?;
-        let lane = capture.streams.iter().position(|&s| s == stream).ok_or(Status::ILLEGAL_STATE)?;
+        let lane =
+            capture.streams.iter().position(|&s| s == stream).ok_or(Status::ILLEGAL_STATE)?;
         capture.nodes.push(Node { after, lane, action });
         let node = capture.nodes.len() - 1;
         if let Some(stream) = self.streams.get_mut(&stream) {
@@ -67,7 +72,12 @@ impl Device {
     }
 
     /// A wait where stream or event belong to a capture.
-    pub fn capture_wait(&mut self, stream: Handle, event: Option<(u64, Vec<usize>)>, recorded: bool) -> Cu {
+    pub fn capture_wait(
+        &mut self,
+        stream: Handle,
+        event: Option<(u64, Vec<usize>)>,
+        recorded: bool,
+    ) -> Cu {
         let live = event.filter(|(id, _)| self.captures.contains_key(id));
         let ended = live.is_none() && !recorded;
         if !self.is_capturing(stream) {
@@ -150,7 +160,8 @@ impl Device {
     }
 
     fn blocking_captures(&self, context: Handle) -> Vec<u64> {
-        let blocking = self.streams.values().filter(|s| s.context == context && s.role == Role::Blocking);
+        let blocking =
+            self.streams.values().filter(|s| s.context == context && s.role == Role::Blocking);
         blocking.filter_map(|s| s.capture.as_ref()).map(|&(id, _)| id).collect()
     }
 

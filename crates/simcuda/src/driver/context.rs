@@ -28,7 +28,15 @@ pub struct Context {
 
 impl Context {
     pub fn new(flags: u32, legacy: Handle) -> Self {
-        let limits = BTreeMap::from([(0, 1024), (1, 1 << 20), (2, 8 << 20), (3, 2), (4, 2048), (5, 64), (6, 0)]);
+        let limits = BTreeMap::from([
+            (0, 1024),
+            (1, 1 << 20),
+            (2, 8 << 20),
+            (3, 2),
+            (4, 2048),
+            (5, 64),
+            (6, 0),
+        ]);
         Self {
             flags,
             limits,
@@ -162,7 +170,9 @@ entries! {
         create(&context, flags, ordinal)
     }
 
-    fn cuCtxCreate_v3(context: Out<Handle>, affinity: In<u64>, affinities: i32, flags: u32, ordinal: i32) {
+    fn cuCtxCreate_v3(
+        context: Out<Handle>, affinity: In<u64>, affinities: i32, flags: u32, ordinal: i32
+    ) {
         if !affinity.is_null() || affinities != 0 {
             return Err(Status::UNSUPPORTED_EXEC_AFFINITY);
         }
@@ -177,7 +187,8 @@ entries! {
     }
 
     fn cuCtxDestroy_v2(context: Handle) {
-        let mut device = device::owner(context, Kind::Context).map_err(|_| Status::INVALID_CONTEXT)?;
+        let device = device::owner(context, Kind::Context);
+        let mut device = device.map_err(|_| Status::INVALID_CONTEXT)?;
         if context == device.primary() || !device.contexts.contains_key(&context) {
             return Err(Status::INVALID_CONTEXT);
         }
@@ -243,8 +254,8 @@ entries! {
 
     fn cuCtxSetLimit(limit: u32, value: usize) {
         let (mut device, context) = device::current()?;
-        let slot = device.context(context)?.limits.get_mut(&limit).ok_or(Status::UNSUPPORTED_LIMIT)?;
-        *slot = value;
+        let slot = device.context(context)?.limits.get_mut(&limit);
+        *slot.ok_or(Status::UNSUPPORTED_LIMIT)? = value;
         Ok(())
     }
 

@@ -8,7 +8,8 @@ use super::wire::{self, POLICY_WORDS, Sink};
 
 /// Runs `call` on a device, no unwinding across C.
 fn on(ordinal: u64, call: impl FnOnce(&mut Device) -> Option<()>) -> u64 {
-    let call = || device::lock(usize::try_from(ordinal).ok()?).and_then(|mut device| call(&mut device));
+    let call =
+        || device::lock(usize::try_from(ordinal).ok()?).and_then(|mut device| call(&mut device));
     let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call));
     u64::from(!matches!(done, Ok(Some(()))))
 }
@@ -43,7 +44,13 @@ pub extern "C" fn simcuda_ctl_reports(ordinal: u64, sink: Sink, to: *mut Vec<u8>
 
 /// Launches of a kernel and their counters, since the last clear, after all pending work ran.
 #[unsafe(no_mangle)]
-pub extern "C" fn simcuda_ctl_counters(ordinal: u64, name: Host, length: u64, sink: Sink, to: *mut Vec<u8>) -> u64 {
+pub extern "C" fn simcuda_ctl_counters(
+    ordinal: u64,
+    name: Host,
+    length: u64,
+    sink: Sink,
+    to: *mut Vec<u8>,
+) -> u64 {
     on(ordinal, |device| {
         device.drain();
         let name = std::str::from_utf8(name.bytes(length as usize)).ok()?;

@@ -16,13 +16,18 @@ use super::clock::{self, Clock};
 use super::device::{self, Device};
 use super::handle::{Handle, Kind};
 use super::pinned;
-use super::status::{Cu, Status};
+use super::run::hash_of;
+use super::status::{Cu, Status, of_class};
 use super::stream::locked;
-use super::work::{Action, hash_of};
+use super::work::Action;
 
 /// A host address of a copy: null and device addresses are refused, where a dereference would fault.
 fn host(device: &Device, at: Host, bytes: usize) -> Cu {
-    if at.0 == 0 || device.range(at.0 as u64, bytes as u64).is_ok() { Err(Status::INVALID_VALUE) } else { Ok(()) }
+    if at.0 == 0 || device.range(at.0 as u64, bytes as u64).is_ok() {
+        Err(Status::INVALID_VALUE)
+    } else {
+        Ok(())
+    }
 }
 
 fn to_device(device: &mut Device, stream: Handle, at: u64, from: Host, bytes: usize) -> Cu {
@@ -84,12 +89,13 @@ fn peer_read(context: Handle, from: u64, bytes: usize, known: &mut Clock) -> Cu<
     let actor = device.actor();
     known.join_on(ordinal, clock::host().on(ordinal));
     known.tick(ordinal, actor, 1);
-    let order = device.order(actor, 1, known.on(ordinal));
+    let order = device.order(actor, 1, known.on(ordinal), "copy to another device".into());
     let mut data = vec![0; bytes];
     let to = Host(data.as_mut_ptr() as usize);
     if let Err(fault) = device.read(from, to, bytes, &order) {
-        device.log.reports.push(super::finding(fault.class, fault.message));
-        return Err(super::status::of_class(fault.class));
+        let status = of_class(fault.class);
+        device.note(fault);
+        return Err(status);
     }
     Ok(data)
 }
@@ -132,7 +138,9 @@ entries! {
     }
 
     /// Between devices: the source is read at submission, the destination written in stream order.
-    fn cuMemcpyPeerAsync(to: u64, to_context: Handle, from: u64, from_context: Handle, bytes: usize, stream: Handle) {
+    fn cuMemcpyPeerAsync(
+        to: u64, to_context: Handle, from: u64, from_context: Handle, bytes: usize, stream: Handle
+    ) {
         if to_context.ordinal() == from_context.ordinal() {
             return on(stream, bytes, |device, stream| within(device, stream, to, from, bytes));
         }

@@ -110,7 +110,7 @@ impl Device {
         let mut device = Self {
             ordinal,
             policy: Policy::default(),
-            memory: Memory::new(ordinal as u32, CAPACITY),
+            memory: Memory::new(ordinal, CAPACITY),
             allocations: BTreeMap::new(),
             contexts: BTreeMap::new(),
             retained: 0,
@@ -148,6 +148,11 @@ impl Device {
         self.actors
     }
 
+    /// How many actors there are beside the host.
+    pub fn actors(&self) -> u32 {
+        self.actors
+    }
+
     /// The primary context's handle: the same after each reset.
     pub fn primary(&self) -> Handle {
         Handle::new(Kind::Context, self.ordinal, 1)
@@ -182,14 +187,18 @@ impl Device {
         self.graphs.retain(|_, graph| graph.context != context);
         self.execs.retain(|_, exec| exec.graph.context != context);
         super::pinned::forget(context);
-        let addresses: Vec<u64> =
-            self.allocations.iter().filter(|(_, a)| a.context == context).map(|(&at, _)| at).collect();
+        let addresses: Vec<u64> = self
+            .allocations
+            .iter()
+            .filter(|(_, a)| a.context == context)
+            .map(|(&at, _)| at)
+            .collect();
         for at in addresses {
             self.release(at);
         }
         if self.contexts.is_empty() {
-            self.captures.clear();
-            self.work.reseed(self.policy.seed);
+            self.memory = Memory::new(self.ordinal, CAPACITY);
+            self.work = Work::new(self.policy.seed);
         }
     }
 
@@ -205,12 +214,13 @@ impl Device {
         self.pools.insert(self.default_pool, Pool::default());
         self.log = Log::default();
         self.policy = Policy::default();
-        self.work.reseed(self.policy.seed);
+        self.work = Work::new(self.policy.seed);
     }
 
     /// The allocation that holds `bytes` bytes from here on, if it may still be used.
     pub fn range(&self, at: u64, bytes: u64) -> Cu<&Allocation> {
-        let (start, allocation) = self.allocations.range(..=at).next_back().ok_or(Status::INVALID_VALUE)?;
+        let (start, allocation) =
+            self.allocations.range(..=at).next_back().ok_or(Status::INVALID_VALUE)?;
         let inside = at - start;
         if allocation.freeing || inside > allocation.bytes || bytes > allocation.bytes - inside {
             return Err(Status::INVALID_VALUE);

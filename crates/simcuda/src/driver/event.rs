@@ -78,7 +78,8 @@ impl Device {
         // The record must be there before the task runs, which may be at once.
         let task = self.next_task();
         let found = self.events.get_mut(&event).ok_or(Status::INVALID_HANDLE)?;
-        (found.captured, found.record) = (None, Some(Record { task, clock: Clock::default(), time: None }));
+        (found.captured, found.record) =
+            (None, Some(Record { task, clock: Clock::default(), time: None }));
         self.enqueue(stream, &[], Action::Record(event))?;
         let clock = self.streams[&stream].clock.clone();
         if let Some(record) = self.events.get_mut(&event).and_then(|event| event.record.as_mut()) {
@@ -187,7 +188,7 @@ entries! {
         device.host_event(event)?;
         device.not_unsafe()?;
         let task = device.pending(event)?;
-        device.poll(|device| !task.is_some_and(|task| device.work.is_pending(task)))?;
+        device.poll(task.as_slice())?;
         device.wait_event(event)
     }
 

@@ -41,7 +41,8 @@ impl Device {
     /// Puts a graph into a stream: a beginning, the nodes in their order, an end.
     fn launch_graph(&mut self, exec: Handle, stream: Handle) -> Cu {
         let found = self.execs.get(&exec).ok_or(Status::INVALID_HANDLE)?;
-        let (graph, mut actors, last) = (found.graph.clone(), found.actors.clone(), found.last.clone());
+        let (graph, mut actors, last) =
+            (found.graph.clone(), found.actors.clone(), found.last.clone());
         for node in &graph.nodes {
             if let Action::Launch(launch) = &node.action
                 && !self.modules.contains_key(&launch.module.handle)
@@ -64,7 +65,8 @@ impl Device {
             let (actor, seq) = &mut actors[node.lane];
             *seq += 1;
             clock.tick(self.ordinal, *actor, *seq);
-            let order = self.order(*actor, *seq, clock.on(self.ordinal));
+            let label = format!("{} in a graph", node.action.label());
+            let order = self.order(*actor, *seq, clock.on(self.ordinal), label);
             let after = node.after.iter().map(|&before| done[before].0).chain([begin]).collect();
             let task = self.enqueue_branch(graph.context, role, after, order, node.action.clone());
             done.push((task, clock));

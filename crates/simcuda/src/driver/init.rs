@@ -48,7 +48,11 @@ entries! {
     }
 }
 
-fn describe(error: u32, text: &Out<*const c_char>, column: fn(&(u32, &'static str, &'static str)) -> &'static str) -> Cu {
+fn describe(
+    error: u32,
+    text: &Out<*const c_char>,
+    column: fn(&(u32, &'static str, &'static str)) -> &'static str,
+) -> Cu {
     let Some(row) = Status::TABLE.iter().find(|row| row.0 == error) else {
         text.set_if_wanted(std::ptr::null());
         return Err(Status::INVALID_VALUE);

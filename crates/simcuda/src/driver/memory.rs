@@ -5,16 +5,20 @@ use std::sync::Arc;
 use super::abi::Out;
 use super::capture::unsafe_call;
 use super::device::{self, Allocation, Device};
-use super::finding;
 use super::handle::Handle;
 use super::status::{Cu, Status};
 use super::stream::locked;
 use super::work::Action;
-use crate::Class;
 
 impl Device {
     /// Takes memory for a context.
-    pub fn allocate(&mut self, context: Handle, bytes: u64, pool: Option<Handle>, variable: bool) -> Cu<u64> {
+    pub fn allocate(
+        &mut self,
+        context: Handle,
+        bytes: u64,
+        pool: Option<Handle>,
+        variable: bool,
+    ) -> Cu<u64> {
         if let Some(pool) = pool {
             self.pools.get_mut(&pool).ok_or(Status::INVALID_VALUE)?.take(bytes)?;
         }
@@ -40,8 +44,7 @@ fn allocate_async(address: &Out<u64>, bytes: usize, pool: Option<Handle>, stream
     let (mut device, stream) = locked(stream)?;
     if device.is_capturing(stream) {
         device.invalidate_of(stream);
-        device.log.reports.push(finding(Class::Unsupported, "allocation inside a capture".into()));
-        return Err(Status::NOT_SUPPORTED);
+        return Err(Status::NOT_SUPPORTED); // would be the graph's memory
     }
     device.not_implicit(stream)?;
     if bytes == 0 {
@@ -61,7 +64,7 @@ fn fill(at: u64, pattern: &[u8], count: usize, stream: Handle) -> Cu {
     if bytes == 0 {
         return Ok(());
     }
-    if at % width != 0 {
+    if !at.is_multiple_of(width) {
         return Err(Status::INVALID_VALUE);
     }
     device.range(at, bytes)?;
@@ -94,9 +97,9 @@ entries! {
         if device.freeable(at)?.pool.is_none() {
             device.finish(context);
         }
-        let order = device.host_order();
+        let order = device.host_order("free");
         if let Err(fault) = device.free(at, &order) {
-            device.log.reports.push(finding(fault.class, fault.message));
+            device.note(fault);
         }
         device.usable(context)
     }

@@ -42,6 +42,7 @@ mod module;
 pub(crate) mod occupancy;
 mod pinned;
 mod pool;
+mod run;
 mod status;
 mod stream;
 mod unsupported;
@@ -75,12 +76,20 @@ fn guard(name: &str, call: impl FnOnce() -> Cu) -> u32 {
     }
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(Ok(())) => Status::SUCCESS.0,
-        Ok(Err(status)) => status.0,
+        Ok(Err(status)) => {
+            if status == Status::NOT_SUPPORTED {
+                log(finding(Class::Unsupported, format!("{name}: not simulated")));
+            }
+            status.0
+        }
         Err(panic) => {
             let text = (panic.downcast_ref::<String>().map(String::as_str))
                 .or_else(|| panic.downcast_ref::<&str>().copied())
                 .unwrap_or("no message");
-            log(finding(Class::Unsupported, format!("{name} panicked inside the simulator: {text}")));
+            log(finding(
+                Class::Unsupported,
+                format!("{name} panicked inside the simulator: {text}"),
+            ));
             Status::UNKNOWN.0
         }
     }
@@ -88,7 +97,14 @@ fn guard(name: &str, call: impl FnOnce() -> Cu) -> u32 {
 
 /// A report that is not about a launch.
 fn finding(class: Class, message: String) -> Report {
-    Report { class, message, kernel: String::new(), source: None, instruction: String::new(), thread: None }
+    Report {
+        class,
+        message,
+        kernel: String::new(),
+        source: None,
+        instruction: String::new(),
+        thread: None,
+    }
 }
 
 /// Adds a report to the current device, or to device 0 where none is current.

@@ -2,8 +2,8 @@
 
 use super::abi::Out;
 use super::attributes::{
-    BLOCKS_PER_MULTIPROCESSOR, MULTIPROCESSORS, REGISTERS, SHARED_OPT_IN, SHARED_PER_MULTIPROCESSOR, SHARED_RESERVED,
-    THREADS_PER_BLOCK, THREADS_PER_MULTIPROCESSOR,
+    BLOCKS_PER_MULTIPROCESSOR, MULTIPROCESSORS, REGISTERS, SHARED_OPT_IN,
+    SHARED_PER_MULTIPROCESSOR, SHARED_RESERVED, THREADS_PER_BLOCK, THREADS_PER_MULTIPROCESSOR,
 };
 use super::device;
 use super::handle::{Handle, Kind};
@@ -48,8 +48,15 @@ pub(crate) fn device_blocks(kernel: &Kernel, threads: u32, dynamic_shared: u32) 
 /// CUoccupancyB2DSize.
 type SharedOfThreads = extern "C" fn(i32) -> usize;
 
-fn blocks(blocks: &Out<i32>, function: Handle, threads: i32, dynamic_shared: usize, flags: u32) -> Cu {
-    let threads = u32::try_from(threads).ok().filter(|&threads| threads > 0).ok_or(Status::INVALID_VALUE)?;
+fn blocks(
+    blocks: &Out<i32>,
+    function: Handle,
+    threads: i32,
+    dynamic_shared: usize,
+    flags: u32,
+) -> Cu {
+    let threads =
+        u32::try_from(threads).ok().filter(|&threads| threads > 0).ok_or(Status::INVALID_VALUE)?;
     if flags > 1 {
         return Err(Status::INVALID_VALUE);
     }
@@ -106,7 +113,9 @@ entries! {
         blocks(&count, function, threads, dynamic_shared, flags)
     }
 
-    fn cuOccupancyAvailableDynamicSMemPerBlock(bytes: Out<usize>, function: Handle, blocks: i32, threads: i32) {
+    fn cuOccupancyAvailableDynamicSMemPerBlock(
+        bytes: Out<usize>, function: Handle, blocks: i32, threads: i32
+    ) {
         if blocks <= 0 || threads <= 0 {
             return Err(Status::INVALID_VALUE);
         }
@@ -121,15 +130,15 @@ entries! {
     }
 
     fn cuOccupancyMaxPotentialBlockSize(
-        grid: Out<i32>, block: Out<i32>, function: Handle, shared_of: Option<SharedOfThreads>, dynamic_shared: usize,
-        limit: i32
+        grid: Out<i32>, block: Out<i32>, function: Handle, shared_of: Option<SharedOfThreads>,
+        dynamic_shared: usize, limit: i32
     ) {
         best_block(&grid, &block, function, shared_of, dynamic_shared, limit, 0)
     }
 
     fn cuOccupancyMaxPotentialBlockSizeWithFlags(
-        grid: Out<i32>, block: Out<i32>, function: Handle, shared_of: Option<SharedOfThreads>, dynamic_shared: usize,
-        limit: i32, flags: u32
+        grid: Out<i32>, block: Out<i32>, function: Handle, shared_of: Option<SharedOfThreads>,
+        dynamic_shared: usize, limit: i32, flags: u32
     ) {
         best_block(&grid, &block, function, shared_of, dynamic_shared, limit, flags)
     }

@@ -29,13 +29,16 @@ fn table() -> MutexGuard<'static, BTreeMap<usize, Pinned>> {
 pub fn covers(at: Host, bytes: usize) -> bool {
     let table = table();
     let found = table.range(..=at.0).next_back();
-    found.is_some_and(|(start, pinned)| at.0 - start < pinned.bytes && bytes <= pinned.bytes - (at.0 - start))
+    found.is_some_and(|(start, pinned)| {
+        at.0 - start < pinned.bytes && bytes <= pinned.bytes - (at.0 - start)
+    })
 }
 
 /// A context ended: its pinned memory goes with it.
 pub fn forget(context: Handle) {
     let mut table = table();
-    let gone: Vec<usize> = table.iter().filter(|(_, p)| p.context == context).map(|(&at, _)| at).collect();
+    let gone: Vec<usize> =
+        table.iter().filter(|(_, p)| p.context == context).map(|(&at, _)| at).collect();
     for at in gone {
         if let Some(pinned) = table.remove(&at) {
             release(at, pinned.bytes);

@@ -27,7 +27,15 @@ pub struct Pool {
 
 impl Default for Pool {
     fn default() -> Self {
-        Self { reuse: [1; 3], threshold: 0, reserved: 0, reserved_high: 0, used: 0, used_high: 0, limit: u64::MAX }
+        Self {
+            reuse: [1; 3],
+            threshold: 0,
+            reserved: 0,
+            reserved_high: 0,
+            used: 0,
+            used_high: 0,
+            limit: u64::MAX,
+        }
     }
 }
 

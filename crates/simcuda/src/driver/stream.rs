@@ -41,7 +41,11 @@ pub struct Stream {
 pub fn locked(stream: Handle) -> Cu<(MutexGuard<'static, Device>, Handle)> {
     if stream.0 <= 2 {
         let (mut device, context) = device::current()?;
-        let stream = if stream.0 == 2 { device.per_thread(context)? } else { device.context(context)?.legacy };
+        let stream = if stream.0 == 2 {
+            device.per_thread(context)?
+        } else {
+            device.context(context)?.legacy
+        };
         return Ok((device, stream));
     }
     let device = device::owner(stream, Kind::Stream)?;
@@ -54,8 +58,16 @@ impl Device {
     pub fn open_stream(&mut self, context: Handle, role: Role, priority: i32) -> Handle {
         let handle = self.handle(Kind::Stream);
         let actor = self.actor();
-        let stream =
-            Stream { context, role, priority, actor, seq: 0, clock: Clock::default(), last: None, capture: None };
+        let stream = Stream {
+            context,
+            role,
+            priority,
+            actor,
+            seq: 0,
+            clock: Clock::default(),
+            last: None,
+            capture: None,
+        };
         self.streams.insert(handle, stream);
         handle
     }
@@ -130,8 +142,8 @@ entries! {
         let (mut device, stream) = locked(stream)?;
         device.not_captured(stream)?;
         let context = device.streams[&stream].context;
-        let last = device.streams[&stream].last;
-        device.poll(|device| !last.is_some_and(|last| device.work.is_pending(last)))?;
+        let tasks = device.stream_tasks(stream)?;
+        device.poll(&tasks)?;
         device.usable(context)?;
         device.wait_stream(stream)
     }

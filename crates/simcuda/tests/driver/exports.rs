@@ -16,10 +16,14 @@ fn declared() -> BTreeSet<String> {
         .output()
         .expect("cargo runs");
     let metadata = String::from_utf8(metadata.stdout).expect("JSON is UTF-8");
-    let manifests = metadata.split(r#""manifest_path":""#).skip(1).filter_map(|rest| rest.split('"').next());
-    let cudarc = manifests.filter_map(|path| path.strip_suffix("/Cargo.toml")).find(|path| path.contains("/cudarc-"));
+    let manifests =
+        metadata.split(r#""manifest_path":""#).skip(1).filter_map(|rest| rest.split('"').next());
+    let cudarc = manifests
+        .filter_map(|path| path.strip_suffix("/Cargo.toml"))
+        .find(|path| path.contains("/cudarc-"));
     let bindings = format!("{}/src/driver/sys/mod.rs", cudarc.expect("cudarc is a dependency"));
-    let source = std::fs::read_to_string(&bindings).expect("cudarc's bindings are where 0.19.10 has them");
+    let source =
+        std::fs::read_to_string(&bindings).expect("cudarc's bindings are where 0.19.10 has them");
     let names = source.split(r#"load::<_F>(""#).skip(1).filter_map(|rest| rest.split('"').next());
     names.map(str::to_owned).collect()
 }
@@ -36,8 +40,9 @@ fn no_symbol_is_missing() {
     let missing: Vec<&String> = unsafe {
         let library = libc::dlopen(c"libcuda.so".as_ptr(), libc::RTLD_NOW | libc::RTLD_NOLOAD);
         assert!(!library.is_null());
-        assert!(libc::dlsym(library, c"simcuda_ctl_reset".as_ptr()) != std::ptr::null_mut());
-        let has = |name: &str| !libc::dlsym(library, CString::new(name).unwrap().as_ptr()).is_null();
+        assert!(!libc::dlsym(library, c"simcuda_ctl_reset".as_ptr()).is_null());
+        let has =
+            |name: &str| !libc::dlsym(library, CString::new(name).unwrap().as_ptr()).is_null();
         declared.iter().filter(|name| !has(name)).collect()
     };
     assert_eq!(missing, Vec::<&String>::new());

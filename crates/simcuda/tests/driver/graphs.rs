@@ -3,7 +3,10 @@
 use std::ptr::null_mut;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{CUgraphInstantiate_flags as Flags, CUresult::*, CUstreamCaptureMode as Mode, CUstreamCaptureStatus as Status};
+use cudarc::driver::sys::{
+    CUgraphInstantiate_flags as Flags, CUresult::*, CUstreamCaptureMode as Mode,
+    CUstreamCaptureStatus as Status,
+};
 use cudarc::driver::{CudaContext, CudaStream, result};
 use simcuda::Class;
 
@@ -113,8 +116,8 @@ fn instantiation_flags() {
         refused(stream.end_capture(flags))
     };
     assert_eq!(capture(Flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH), CUDA_SUCCESS);
-    let contradiction =
-        Flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH | Flags::CUDA_GRAPH_INSTANTIATE_FLAG_DEVICE_LAUNCH;
+    let contradiction = Flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH
+        | Flags::CUDA_GRAPH_INSTANTIATE_FLAG_DEVICE_LAUNCH;
     assert_eq!(capture(contradiction), CUDA_ERROR_INVALID_VALUE);
     assert_eq!(capture(Flags(1 << 20)), CUDA_ERROR_INVALID_VALUE);
 }
@@ -151,7 +154,10 @@ fn event_tracking_breaks_a_capture() {
 }
 
 /// Begins a capture, makes a call that it does not survive, and ends it.
-fn broken_by(mode: Mode, call: impl FnOnce(&Arc<CudaContext>, &Arc<CudaStream>) -> cudarc::driver::sys::CUresult) -> cudarc::driver::sys::CUresult {
+fn broken_by(
+    mode: Mode,
+    call: impl FnOnce(&Arc<CudaContext>, &Arc<CudaStream>) -> cudarc::driver::sys::CUresult,
+) -> cudarc::driver::sys::CUresult {
     let (_, context, stream) = untracked();
     stream.begin_capture(mode).unwrap();
     let error = call(&context, &stream);
@@ -184,7 +190,9 @@ fn unsafe_calls_by_mode() {
     };
     assert_eq!(broken_by(GLOBAL, allocate), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     assert_eq!(broken_by(LOCAL, allocate), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
-    let copy = |_: &Arc<CudaContext>, _: &Arc<CudaStream>| cu!(cuMemcpyHtoD_v2(8, [0u8; 4].as_ptr().cast(), 4));
+    let copy = |_: &Arc<CudaContext>, _: &Arc<CudaStream>| {
+        cu!(cuMemcpyHtoD_v2(8, [0u8; 4].as_ptr().cast(), 4))
+    };
     assert_eq!(broken_by(GLOBAL, copy), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     // From another thread: only a capture in global mode minds.
     let elsewhere = |context: &Arc<CudaContext>, _: &Arc<CudaStream>| {
@@ -200,7 +208,8 @@ fn unsafe_calls_by_mode() {
     let (_, context, stream) = untracked();
     for (mode, from_here) in [(RELAXED, true), (LOCAL, false)] {
         stream.begin_capture(mode).unwrap();
-        let error = if from_here { allocate(&context, &stream) } else { elsewhere(&context, &stream) };
+        let error =
+            if from_here { allocate(&context, &stream) } else { elsewhere(&context, &stream) };
         assert_eq!(error, CUDA_SUCCESS);
         stream.end_capture(PLAIN).unwrap();
     }
@@ -222,13 +231,19 @@ fn the_legacy_stream_beside_a_blocking_capture() {
     let data = legacy.alloc_zeros::<u8>(4).unwrap();
     let (address, _sync) = cudarc::driver::DevicePtr::device_ptr(&data, &legacy);
     let blocking = result::stream::create(result::stream::StreamKind::Default).unwrap();
-    assert_eq!(cu!(cuStreamBeginCapture_v2(null_mut(), LOCAL)), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    assert_eq!(
+        cu!(cuStreamBeginCapture_v2(null_mut(), LOCAL)),
+        CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+    );
     assert_eq!(cu!(cuStreamBeginCapture_v2(blocking, LOCAL)), CUDA_SUCCESS);
     assert_eq!(cu!(cuStreamBeginCapture_v2(blocking, LOCAL)), CUDA_ERROR_ILLEGAL_STATE);
     assert_eq!(refused(legacy.capture_status()), CUDA_ERROR_STREAM_CAPTURE_IMPLICIT);
     assert_eq!(cu!(cuMemsetD8Async(address, 0, 4, null_mut())), CUDA_ERROR_STREAM_CAPTURE_IMPLICIT);
     let mut graph = null_mut();
-    assert_eq!(cu!(cuStreamEndCapture(blocking, &mut graph)), CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+    assert_eq!(
+        cu!(cuStreamEndCapture(blocking, &mut graph)),
+        CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
+    );
     assert!(graph.is_null());
     assert_eq!(cu!(cuStreamEndCapture(blocking, &mut graph)), CUDA_ERROR_ILLEGAL_STATE);
     // Beside a non-blocking capture, the legacy stream goes on.

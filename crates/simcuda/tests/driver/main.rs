@@ -10,7 +10,9 @@ mod tour;
 use std::sync::Arc;
 
 use cudarc::driver::sys::CUresult;
-use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DriverError, LaunchConfig, PushKernelArg};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaStream, DriverError, LaunchConfig, PushKernelArg,
+};
 use cudarc::nvrtc::Ptx;
 use simcuda::{Class, Installed, Policy, Streams};
 
@@ -37,7 +39,9 @@ fn context() -> (usize, Arc<CudaContext>) {
 fn simulated() -> bool {
     let simulated = simcuda::install() == Installed::Simulated;
     if !simulated {
-        eprintln!("real driver: the part of this test about the simulator's own findings did not run");
+        eprintln!(
+            "real driver: the part of this test about the simulator's own findings did not run"
+        );
     }
     simulated
 }
@@ -54,16 +58,30 @@ fn function(context: &Arc<CudaContext>, name: &str) -> CudaFunction {
 }
 
 /// Launches a kernel without parameters.
-fn launch_bare(stream: &CudaStream, function: &CudaFunction, grid: (u32, u32, u32), block: (u32, u32, u32), shared: u32) -> Result<(), DriverError> {
+fn launch_bare(
+    stream: &CudaStream,
+    function: &CudaFunction,
+    grid: (u32, u32, u32),
+    block: (u32, u32, u32),
+    shared: u32,
+) -> Result<(), DriverError> {
     let config = LaunchConfig { grid_dim: grid, block_dim: block, shared_mem_bytes: shared };
     // SAFETY: the kernel has no parameters and touches no global memory.
     unsafe { stream.launch_builder(function).launch(config) }.map(drop)
 }
 
 /// Adds 1 to each number.
-fn increment(stream: &CudaStream, function: &CudaFunction, data: &mut cudarc::driver::CudaSlice<u32>) {
+fn increment(
+    stream: &CudaStream,
+    function: &CudaFunction,
+    data: &mut cudarc::driver::CudaSlice<u32>,
+) {
     let n = data.len() as u32;
-    let config = LaunchConfig { grid_dim: (n.div_ceil(128), 1, 1), block_dim: (128, 1, 1), shared_mem_bytes: 0 };
+    let config = LaunchConfig {
+        grid_dim: (n.div_ceil(128), 1, 1),
+        block_dim: (128, 1, 1),
+        shared_mem_bytes: 0,
+    };
     // SAFETY: a pointer to n numbers, and n.
     unsafe { stream.launch_builder(function).arg(data).arg(&n).launch(config) }.unwrap();
 }

@@ -9,7 +9,8 @@ use simcuda::Class;
 
 use super::{PTX, classes, context, cu, function, launch_bare, refused, simulated};
 
-const OPT_IN: CUfunction_attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+const OPT_IN: CUfunction_attribute =
+    CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 
 #[test]
 fn shared_memory_without_opt_in() {
@@ -24,7 +25,10 @@ fn shared_memory_without_opt_in() {
     assert_eq!(launch(226 << 10), CUDA_SUCCESS);
     assert_eq!(launch((226 << 10) + 1), CUDA_ERROR_INVALID_VALUE);
     assert_eq!(refused(f.set_attribute(OPT_IN, -1)), CUDA_ERROR_INVALID_VALUE);
-    assert_eq!(refused(f.set_attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_NUM_REGS, 8)), CUDA_ERROR_INVALID_VALUE);
+    assert_eq!(
+        refused(f.set_attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_NUM_REGS, 8)),
+        CUDA_ERROR_INVALID_VALUE
+    );
     context.synchronize().unwrap();
 }
 
@@ -49,7 +53,10 @@ fn launch_shapes() {
     }
     let bounded = function(&context, "bounded");
     assert_eq!(refused(launch_bare(&stream, &bounded, (1, 1, 1), (64, 1, 1), 0)), CUDA_SUCCESS);
-    assert_eq!(refused(launch_bare(&stream, &bounded, (1, 1, 1), (65, 1, 1), 0)), CUDA_ERROR_INVALID_VALUE);
+    assert_eq!(
+        refused(launch_bare(&stream, &bounded, (1, 1, 1), (65, 1, 1), 0)),
+        CUDA_ERROR_INVALID_VALUE
+    );
     if simulated() {
         let wide = function(&context, "wide");
         assert_eq!(refused(launch_bare(&stream, &wide, (1, 1, 1), (512, 1, 1), 0)), CUDA_SUCCESS);
@@ -66,7 +73,8 @@ fn cooperative_grid_above_residency() {
     let (_, context) = context();
     let (f, stream) = (function(&context, "staged"), context.default_stream());
     let launch = |blocks| {
-        let config = LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (1024, 1, 1), shared_mem_bytes: 0 };
+        let config =
+            LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (1024, 1, 1), shared_mem_bytes: 0 };
         // SAFETY: the kernel has no parameters and touches only shared memory.
         refused(unsafe { stream.launch_builder(&f).launch_cooperative(config) })
     };
@@ -84,7 +92,19 @@ fn missing_parameters() {
     let none = cu!(cuLaunchKernel(f, 1, 1, 1, 32, 1, 1, 0, null_mut(), null_mut(), null_mut()));
     assert_eq!(none, CUDA_ERROR_INVALID_VALUE);
     let (mut params, mut extra) = ([null_mut(); 2], [null_mut(); 1]);
-    let both = cu!(cuLaunchKernel(f, 1, 1, 1, 32, 1, 1, 0, null_mut(), params.as_mut_ptr(), extra.as_mut_ptr()));
+    let both = cu!(cuLaunchKernel(
+        f,
+        1,
+        1,
+        1,
+        32,
+        1,
+        1,
+        0,
+        null_mut(),
+        params.as_mut_ptr(),
+        extra.as_mut_ptr()
+    ));
     assert_eq!(both, CUDA_ERROR_INVALID_VALUE);
 }
 
@@ -131,13 +151,22 @@ fn copies_past_the_end() {
         let b = result::malloc_sync(256).unwrap();
         let mut host = [0u8; 128];
         assert_eq!(refused(result::memcpy_htod_sync(a, &host[..65])), CUDA_ERROR_INVALID_VALUE);
-        assert_eq!(refused(result::memcpy_htod_async(a + 32, &host[..33], stream)), CUDA_ERROR_INVALID_VALUE);
+        assert_eq!(
+            refused(result::memcpy_htod_async(a + 32, &host[..33], stream)),
+            CUDA_ERROR_INVALID_VALUE
+        );
         assert_eq!(refused(result::memcpy_dtoh_sync(&mut host[..65], a)), CUDA_ERROR_INVALID_VALUE);
-        assert_eq!(refused(result::memcpy_dtoh_async(&mut host[..65], a, stream)), CUDA_ERROR_INVALID_VALUE);
+        assert_eq!(
+            refused(result::memcpy_dtoh_async(&mut host[..65], a, stream)),
+            CUDA_ERROR_INVALID_VALUE
+        );
         assert_eq!(refused(result::memcpy_dtod_sync(b, a, 65)), CUDA_ERROR_INVALID_VALUE);
         assert_eq!(refused(result::memcpy_dtod_async(a, b, 65, stream)), CUDA_ERROR_INVALID_VALUE);
         assert_eq!(refused(result::memset_d8_sync(a, 0, 65)), CUDA_ERROR_INVALID_VALUE);
-        assert_eq!(refused(result::memset_d8_async(a + 64, 0, 1, stream)), CUDA_ERROR_INVALID_VALUE);
+        assert_eq!(
+            refused(result::memset_d8_async(a + 64, 0, 1, stream)),
+            CUDA_ERROR_INVALID_VALUE
+        );
         assert_eq!(refused(result::memset_d8_async(8, 0, 1, stream)), CUDA_ERROR_INVALID_VALUE);
         result::free_sync(a).unwrap();
         assert_eq!(refused(result::memset_d8_async(a, 0, 1, stream)), CUDA_ERROR_INVALID_VALUE);
@@ -155,7 +184,10 @@ fn allocations_that_cannot_be() {
     let mut address = 0;
     assert_eq!(cu!(cuMemAlloc_v2(&mut address, 0)), CUDA_ERROR_INVALID_VALUE);
     assert_eq!(cu!(cuMemAlloc_v2(&mut address, usize::MAX / 2)), CUDA_ERROR_OUT_OF_MEMORY);
-    assert_eq!(cu!(cuMemAllocAsync(&mut address, usize::MAX / 2, null_mut())), CUDA_ERROR_OUT_OF_MEMORY);
+    assert_eq!(
+        cu!(cuMemAllocAsync(&mut address, usize::MAX / 2, null_mut())),
+        CUDA_ERROR_OUT_OF_MEMORY
+    );
     assert_eq!(cu!(cuMemAlloc_v2(null_mut(), 64)), CUDA_ERROR_INVALID_VALUE);
     let mut host = null_mut();
     assert_eq!(cu!(cuMemHostAlloc(&mut host, 64, 0x80)), CUDA_ERROR_INVALID_VALUE);
@@ -186,7 +218,8 @@ fn destroyed_handles() {
         (function(&context, "bounded").cu_function(), stream.cu_stream(), event.cu_event())
     };
     // Function (its module was unloaded), stream and event are gone.
-    let launch = |f, stream| cu!(cuLaunchKernel(f, 1, 1, 1, 32, 1, 1, 0, stream, null_mut(), null_mut()));
+    let launch =
+        |f, stream| cu!(cuLaunchKernel(f, 1, 1, 1, 32, 1, 1, 0, stream, null_mut(), null_mut()));
     assert_eq!(launch(f, null_mut()), CUDA_ERROR_INVALID_HANDLE);
     let module = context.load_module(Ptx::from_src(PTX)).unwrap();
     let bounded = module.load_function("bounded").unwrap();
@@ -216,7 +249,8 @@ fn handles_of_another_context() {
     let module = here.load_module(Ptx::from_src(PTX)).unwrap();
     let f = module.load_function("bounded").unwrap().cu_function();
     here.bind_to_thread().unwrap();
-    let launch = |stream| cu!(cuLaunchKernel(f, 1, 1, 1, 32, 1, 1, 0, stream, null_mut(), null_mut()));
+    let launch =
+        |stream| cu!(cuLaunchKernel(f, 1, 1, 1, 32, 1, 1, 0, stream, null_mut(), null_mut()));
     assert_eq!(launch(stream.cu_stream()), CUDA_ERROR_INVALID_HANDLE);
     assert_eq!(cu!(cuEventRecord(event.cu_event(), null_mut())), CUDA_ERROR_INVALID_HANDLE);
     there.bind_to_thread().unwrap();
@@ -266,7 +300,8 @@ fn events_without_time() {
     assert_eq!(refused(timed().elapsed_ms(&never)), CUDA_ERROR_INVALID_HANDLE);
     let mut event = null_mut();
     assert_eq!(cu!(cuEventCreate(&mut event, 8)), CUDA_ERROR_INVALID_VALUE);
-    assert_eq!(cu!(cuEventCreate(&mut event, 4)), CUDA_ERROR_INVALID_VALUE); // interprocess needs no timing
+    // Interprocess events have no timing.
+    assert_eq!(cu!(cuEventCreate(&mut event, 4)), CUDA_ERROR_INVALID_VALUE);
     let mut other = null_mut();
     assert_eq!(cu!(cuStreamCreate(&mut other, 2)), CUDA_ERROR_INVALID_VALUE);
 }
@@ -308,7 +343,10 @@ fn images_that_are_not_ptx() {
     assert_eq!(cu!(cuModuleLoad(&mut module, c"/no/such.ptx".as_ptr())), CUDA_ERROR_FILE_NOT_FOUND);
     let loaded = context.load_module(Ptx::from_src(PTX)).unwrap();
     assert_eq!(refused(loaded.load_function("absent")), CUDA_ERROR_NOT_FOUND);
-    assert_eq!(refused(loaded.get_global("absent", &context.default_stream())), CUDA_ERROR_NOT_FOUND);
+    assert_eq!(
+        refused(loaded.get_global("absent", &context.default_stream())),
+        CUDA_ERROR_NOT_FOUND
+    );
 }
 
 /// A fault ends a context: every later call returns it, until the context is gone. Other devices go on.

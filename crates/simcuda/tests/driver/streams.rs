@@ -132,7 +132,10 @@ fn a_free_that_does_not_wait_is_found() {
     let _ = context.synchronize();
     // Freed before or after the fill: in either case once.
     let found = classes(device);
-    assert!(matches!(found[..], [Class::StreamRace] | [Class::UseAfterFree] | [Class::OutOfBounds]), "{found:?}");
+    assert!(
+        matches!(found[..], [Class::StreamRace] | [Class::UseAfterFree] | [Class::OutOfBounds]),
+        "{found:?}"
+    );
 }
 
 #[test]
@@ -260,7 +263,10 @@ fn queries_end_a_polling_loop() {
         let mut time = 0.0;
         // SAFETY: both events exist.
         let elapsed = unsafe { result::event::elapsed(event.cu_event(), event.cu_event()) };
-        assert!(matches!(refused(elapsed.map(|ms| time = ms)), CUDA_ERROR_NOT_READY | CUDA_SUCCESS), "{time}");
+        assert!(
+            matches!(refused(elapsed.map(|ms| time = ms)), CUDA_ERROR_NOT_READY | CUDA_SUCCESS),
+            "{time}"
+        );
     }
     while !event.try_is_complete().unwrap() {}
     while cu!(cuStreamQuery(stream.cu_stream())) == CUDA_ERROR_NOT_READY {}

@@ -3,7 +3,10 @@
 use std::ffi::{CStr, c_void};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use cudarc::driver::sys::{CUcontext, CUdevice_attribute as Attribute, CUevent_flags, CUfunction_attribute, CUmemPool_attribute, CUresult};
+use cudarc::driver::sys::{
+    CUcontext, CUdevice_attribute as Attribute, CUevent_flags, CUfunction_attribute,
+    CUmemPool_attribute, CUresult,
+};
 use cudarc::driver::{CudaContext, DriverError, LaunchConfig, PushKernelArg, result};
 use cudarc::nvrtc::Ptx;
 
@@ -18,8 +21,16 @@ fn the_device_is_an_h100() {
     assert_eq!(context.name().unwrap(), "simcuda H100");
     assert_eq!(context.compute_capability().unwrap(), (9, 0));
     assert_eq!(CudaContext::device_count().unwrap(), 64);
-    assert_eq!(context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).unwrap(), 132);
-    assert_eq!(context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN).unwrap(), 232_448);
+    assert_eq!(
+        context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).unwrap(),
+        132
+    );
+    assert_eq!(
+        context
+            .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+            .unwrap(),
+        232_448
+    );
     assert_eq!(context.total_mem().unwrap(), 80 << 30);
     let other = CudaContext::new(simcuda::device()).unwrap();
     assert_ne!(context.uuid().unwrap().bytes, other.uuid().unwrap().bytes);
@@ -99,7 +110,10 @@ fn kernels_run() {
         assert_eq!(simcuda::counters(device, "increment"), Default::default());
     }
     let table = module.get_global("table", &stream).unwrap();
-    assert_eq!(stream.clone_dtoh(&table).unwrap(), [1, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(
+        stream.clone_dtoh(&table).unwrap(),
+        [1, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+    );
     drop((data, f, module));
     context.check_err().unwrap();
     simcuda::assert_clean(device);
@@ -112,7 +126,14 @@ fn a_module_from_a_file() {
     std::fs::write(&path, PTX).unwrap();
     let module = context.load_module(Ptx::from_file(&path)).unwrap();
     std::fs::remove_file(&path).unwrap();
-    launch_bare(&context.default_stream(), &module.load_function("bounded").unwrap(), (1, 1, 1), (64, 1, 1), 0).unwrap();
+    launch_bare(
+        &context.default_stream(),
+        &module.load_function("bounded").unwrap(),
+        (1, 1, 1),
+        (64, 1, 1),
+        0,
+    )
+    .unwrap();
     context.synchronize().unwrap();
 }
 
@@ -131,7 +152,19 @@ fn packed_parameters() {
     let mut extra: [*mut c_void; 5] =
         [1 as _, buffer.as_mut_ptr().cast(), 2 as _, (&raw mut size).cast(), std::ptr::null_mut()];
     let launch = |extra: &mut [*mut c_void; 5]| {
-        cu!(cuLaunchKernel(f.cu_function(), 1, 1, 1, 32, 1, 1, 0, std::ptr::null_mut(), std::ptr::null_mut(), extra.as_mut_ptr()))
+        cu!(cuLaunchKernel(
+            f.cu_function(),
+            1,
+            1,
+            1,
+            32,
+            1,
+            1,
+            0,
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+            extra.as_mut_ptr()
+        ))
     };
     assert_eq!(launch(&mut extra), CUresult::CUDA_SUCCESS);
     assert_eq!(stream.clone_dtoh(&data).unwrap(), [6; 3]);
@@ -152,12 +185,21 @@ fn function_attributes_and_occupancy() {
     assert_eq!(staged.occupancy_max_active_blocks_per_multiprocessor(32, 0, None).unwrap(), 32);
     assert_eq!(staged.occupancy_max_active_blocks_per_multiprocessor(256, 0, None).unwrap(), 8);
     // 50 KiB dynamic: 52 KiB with static and reserve, of 228.
-    assert_eq!(staged.occupancy_max_active_blocks_per_multiprocessor(32, 50 << 10, None).unwrap(), 4);
-    assert_eq!(staged.occupancy_available_dynamic_smem_per_block(4, 32).unwrap(), (57 << 10) - 2048);
+    assert_eq!(
+        staged.occupancy_max_active_blocks_per_multiprocessor(32, 50 << 10, None).unwrap(),
+        4
+    );
+    assert_eq!(
+        staged.occupancy_available_dynamic_smem_per_block(4, 32).unwrap(),
+        (57 << 10) - 2048
+    );
     extern "C" fn nothing(_: i32) -> usize {
         0
     }
-    assert_eq!(staged.occupancy_max_potential_block_size(nothing, 0, 0, None).unwrap(), (264, 1024));
+    assert_eq!(
+        staged.occupancy_max_potential_block_size(nothing, 0, 0, None).unwrap(),
+        (264, 1024)
+    );
     if simulated() {
         let wide = module.load_function("wide").unwrap();
         assert_eq!(wide.num_regs().unwrap(), 128);
@@ -171,7 +213,11 @@ fn function_attributes_and_occupancy() {
 fn dynamic_shared_memory_by_opt_in() {
     let (_, context) = context();
     let f = function(&context, "staged");
-    f.set_attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, (227 << 10) - 1024).unwrap();
+    f.set_attribute(
+        CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+        (227 << 10) - 1024,
+    )
+    .unwrap();
     launch_bare(&context.default_stream(), &f, (1, 1, 1), (32, 1, 1), (227 << 10) - 1024).unwrap();
     context.synchronize().unwrap();
 }
@@ -302,7 +348,10 @@ fn contexts_stack_and_threads_have_their_own() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             assert_eq!(result::ctx::get_current().unwrap(), None);
-            assert_eq!(result::ctx::synchronize(), Err(DriverError(CUresult::CUDA_ERROR_INVALID_CONTEXT)));
+            assert_eq!(
+                result::ctx::synchronize(),
+                Err(DriverError(CUresult::CUDA_ERROR_INVALID_CONTEXT))
+            );
             context.bind_to_thread().unwrap();
             result::ctx::synchronize().unwrap();
         });
@@ -336,7 +385,10 @@ fn errors_have_names_and_texts() {
     simcuda::install();
     let error = DriverError(CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
     assert_eq!(error.error_name().unwrap().to_str(), Ok("CUDA_ERROR_ILLEGAL_ADDRESS"));
-    assert_eq!(error.error_string().unwrap().to_str(), Ok("an illegal memory access was encountered"));
+    assert_eq!(
+        error.error_string().unwrap().to_str(),
+        Ok("an illegal memory access was encountered")
+    );
     let mut text = std::ptr::null();
     // SAFETY: success gives a C string that lives forever.
     let success = unsafe {
@@ -355,6 +407,7 @@ fn cooperative_launch() {
     let mut data = stream.clone_htod(&[1u32; 256]).unwrap();
     let config = LaunchConfig { grid_dim: (2, 1, 1), block_dim: (128, 1, 1), shared_mem_bytes: 0 };
     // SAFETY: a pointer to 256 numbers, and 256.
-    unsafe { stream.launch_builder(&f).arg(&mut data).arg(&256u32).launch_cooperative(config) }.unwrap();
+    unsafe { stream.launch_builder(&f).arg(&mut data).arg(&256u32).launch_cooperative(config) }
+        .unwrap();
     assert_eq!(stream.clone_dtoh(&data).unwrap(), [2; 256]);
 }
