@@ -168,28 +168,29 @@ fn load() -> Control {
         libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL | libc::RTLD_NODELETE)
     };
     assert!(!library.is_null(), "simcuda: cannot load {}: {}", path.display(), loader_error());
-    // SAFETY: each symbol is the function of that name in `driver::control`, with this signature: both halves come
-    // from one build.
+    // SAFETY: each symbol is the function of that name in `driver::control`, with the signature of the field: both
+    // halves come from one build.
     unsafe {
         Control {
-            policy: std::mem::transmute::<*mut c_void, _>(symbol(library, c"simcuda_ctl_policy")),
-            reports: std::mem::transmute::<*mut c_void, _>(symbol(library, c"simcuda_ctl_reports")),
-            counters: std::mem::transmute::<*mut c_void, _>(symbol(
-                library,
-                c"simcuda_ctl_counters",
-            )),
-            printed: std::mem::transmute::<*mut c_void, _>(symbol(library, c"simcuda_ctl_printed")),
-            clear: std::mem::transmute::<*mut c_void, _>(symbol(library, c"simcuda_ctl_clear")),
-            reset: std::mem::transmute::<*mut c_void, _>(symbol(library, c"simcuda_ctl_reset")),
+            policy: symbol(library, c"simcuda_ctl_policy"),
+            reports: symbol(library, c"simcuda_ctl_reports"),
+            counters: symbol(library, c"simcuda_ctl_counters"),
+            printed: symbol(library, c"simcuda_ctl_printed"),
+            clear: symbol(library, c"simcuda_ctl_clear"),
+            reset: symbol(library, c"simcuda_ctl_reset"),
         }
     }
 }
 
-fn symbol(library: *mut c_void, name: &CStr) -> *mut c_void {
+/// # Safety
+/// The symbol must be a function of type `F`.
+unsafe fn symbol<F: Copy>(library: *mut c_void, name: &CStr) -> F {
     // SAFETY: the library is loaded and never unloaded.
     let found = unsafe { libc::dlsym(library, name.as_ptr()) };
     assert!(!found.is_null(), "simcuda: libsimcuda.so has no {name:?}: {}", loader_error());
-    found
+    const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
+    // SAFETY: a function pointer has the size of a pointer, and the caller vouches for its type.
+    unsafe { std::mem::transmute_copy(&found) }
 }
 
 fn loader_error() -> String {

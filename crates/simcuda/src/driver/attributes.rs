@@ -52,7 +52,7 @@ pub fn get(attribute: u32, ordinal: i32) -> Option<i32> {
         106 => BLOCKS_PER_MULTIPROCESSOR as i32,
         111 => SHARED_RESERVED as i32,
         115 => 1, // memory pools
-        1..=161 => 0,
+        _ if (1..=161).contains(&attribute) => 0,
         _ => return None,
     })
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use super::abi::{In, Out, TextOut, Uuid};
 use super::attributes;
+use super::clock::Clock;
 use super::device::{self, CAPACITY, DEVICES, Device};
 use super::handle::{Handle, Kind};
 use super::init;
@@ -21,8 +22,8 @@ pub struct Context {
     /// Default streams of threads that use handle 2.
     pub per_thread: BTreeMap<u64, Handle>,
     /// What waiting for all blocking streams, or for all streams, makes known.
-    pub blocking: Vec<u32>,
-    pub everything: Vec<u32>,
+    pub blocking: Clock,
+    pub everything: Clock,
 }
 
 impl Context {
@@ -43,8 +44,8 @@ impl Context {
             error: None,
             legacy,
             per_thread: BTreeMap::new(),
-            blocking: Vec::new(),
-            everything: Vec::new(),
+            blocking: Clock::default(),
+            everything: Clock::default(),
         }
     }
 }
@@ -94,15 +95,12 @@ entries! {
     }
 
     fn cuDeviceGet(device: Out<i32>, ordinal: i32) {
-        init::check()?;
-        if !(0..DEVICES as i32).contains(&ordinal) {
-            return Err(Status::INVALID_DEVICE);
-        }
+        device::exists(ordinal)?;
         device.set(ordinal)
     }
 
     fn cuDeviceGetName(name: TextOut, room: i32, ordinal: i32) {
-        device::by_ordinal(ordinal)?;
+        device::exists(ordinal)?;
         name.set(attributes::NAME, room)
     }
 
@@ -118,12 +116,12 @@ entries! {
     }
 
     fn cuDeviceTotalMem_v2(bytes: Out<usize>, ordinal: i32) {
-        device::by_ordinal(ordinal)?;
+        device::exists(ordinal)?;
         bytes.set(CAPACITY as usize)
     }
 
     fn cuDeviceGetAttribute(value: Out<i32>, attribute: u32, ordinal: i32) {
-        device::by_ordinal(ordinal)?;
+        device::exists(ordinal)?;
         value.set(attributes::get(attribute, ordinal).ok_or(Status::INVALID_VALUE)?)
     }
 
@@ -172,7 +170,9 @@ entries! {
         create(&context, flags, ordinal)
     }
 
-    fn cuCtxCreate_v3(context: Out<Handle>, affinity: In<u64>, affinities: i32, flags: u32, ordinal: i32) {
+    fn cuCtxCreate_v3(
+        context: Out<Handle>, affinity: In<u64>, affinities: i32, flags: u32, ordinal: i32
+    ) {
         if !affinity.is_null() || affinities != 0 {
             return Err(Status::UNSUPPORTED_EXEC_AFFINITY);
         }
@@ -187,7 +187,8 @@ entries! {
     }
 
     fn cuCtxDestroy_v2(context: Handle) {
-        let mut device = device::owner(context, Kind::Context).map_err(|_| Status::INVALID_CONTEXT)?;
+        let device = device::owner(context, Kind::Context);
+        let mut device = device.map_err(|_| Status::INVALID_CONTEXT)?;
         if context == device.primary() || !device.contexts.contains_key(&context) {
             return Err(Status::INVALID_CONTEXT);
         }
@@ -253,8 +254,8 @@ entries! {
 
     fn cuCtxSetLimit(limit: u32, value: usize) {
         let (mut device, context) = device::current()?;
-        let slot = device.context(context)?.limits.get_mut(&limit).ok_or(Status::UNSUPPORTED_LIMIT)?;
-        *slot = value;
+        let slot = device.context(context)?.limits.get_mut(&limit);
+        *slot.ok_or(Status::UNSUPPORTED_LIMIT)? = value;
         Ok(())
     }
 
@@ -273,7 +274,7 @@ entries! {
     }
 
     fn cuCtxGetStreamPriorityRange(least: Out<i32>, greatest: Out<i32>) {
-        device::current()?;
+        drop(device::current()?);
         least.set_if_wanted(0);
         greatest.set_if_wanted(super::stream::GREATEST_PRIORITY);
         Ok(())

@@ -12,12 +12,14 @@ use std::sync::Arc;
 
 use super::abi::Host;
 use super::capture::unsafe_call;
-use super::clock::Clock;
+use super::clock::{self, Clock};
 use super::device::{self, Device};
 use super::handle::{Handle, Kind};
 use super::pinned;
-use super::status::{Cu, Status};
-use super::work::{Action, hash_of};
+use super::run::hash_of;
+use super::status::{Cu, Status, of_class};
+use super::stream::locked;
+use super::work::Action;
 
 /// A host address of a copy: null and device addresses are refused, where a dereference would fault.
 fn host(device: &Device, at: Host, bytes: usize) -> Cu {
@@ -54,26 +56,26 @@ fn within(device: &mut Device, stream: Handle, to: u64, from: u64, bytes: usize)
 }
 
 /// Waits for a stream after a synchronous copy.
-fn finish(device: &mut Device, context: Handle, stream: Handle) -> Cu {
+fn finish(device: &mut Device, stream: Handle) -> Cu {
     device.wait_stream(stream)?;
+    let context = device.streams[&stream].context;
     device.usable(context)
 }
 
 /// Runs `copy` on the legacy stream, as the calls without a stream do.
 fn on_legacy(bytes: usize, wait: bool, copy: impl FnOnce(&mut Device, Handle) -> Cu) -> Cu {
-    let (mut device, context) = unsafe_call()?;
-    let stream = device.stream(context, Handle::NULL)?;
+    drop(unsafe_call()?);
+    let (mut device, stream) = locked(Handle::NULL)?;
     device.not_implicit(stream)?;
     if bytes != 0 {
         copy(&mut device, stream)?;
     }
-    if wait { finish(&mut device, context, stream) } else { Ok(()) }
+    if wait { finish(&mut device, stream) } else { Ok(()) }
 }
 
-/// Runs `copy` on a stream of the current context.
+/// Runs `copy` on a stream.
 fn on(stream: Handle, bytes: usize, copy: impl FnOnce(&mut Device, Handle) -> Cu) -> Cu {
-    let (mut device, context) = device::current()?;
-    let stream = device.stream(context, stream)?;
+    let (mut device, stream) = locked(stream)?;
     if bytes == 0 { Ok(()) } else { copy(&mut device, stream) }
 }
 
@@ -85,14 +87,15 @@ fn peer_read(context: Handle, from: u64, bytes: usize, known: &mut Clock) -> Cu<
     device.range(from, bytes as u64)?;
     let ordinal = device.ordinal;
     let actor = device.actor();
-    known.join_on(ordinal, &device.host);
+    known.join_on(ordinal, clock::host().on(ordinal));
     known.tick(ordinal, actor, 1);
-    let order = device.order(actor, 1, known.on(ordinal));
+    let order = device.order(actor, 1, known.on(ordinal), "copy to another device".into());
     let mut data = vec![0; bytes];
     let to = Host(data.as_mut_ptr() as usize);
     if let Err(fault) = device.read(from, to, bytes, &order) {
-        device.log.reports.push(super::finding(fault.class, fault.message));
-        return Err(super::status::of_class(fault.class));
+        let status = of_class(fault.class);
+        device.note(fault);
+        return Err(status);
     }
     Ok(data)
 }
@@ -126,8 +129,7 @@ entries! {
             if device.is_capturing(stream) || pinned::covers(to, bytes) {
                 return Ok(());
             }
-            let context = device.streams[&stream].context;
-            finish(device, context, stream)
+            finish(device, stream)
         })
     }
 
@@ -136,16 +138,17 @@ entries! {
     }
 
     /// Between devices: the source is read at submission, the destination written in stream order.
-    fn cuMemcpyPeerAsync(to: u64, to_context: Handle, from: u64, from_context: Handle, bytes: usize, stream: Handle) {
+    fn cuMemcpyPeerAsync(
+        to: u64, to_context: Handle, from: u64, from_context: Handle, bytes: usize, stream: Handle
+    ) {
         if to_context.ordinal() == from_context.ordinal() {
             return on(stream, bytes, |device, stream| within(device, stream, to, from, bytes));
         }
         let (mut known, stream) = {
-            let (mut device, context) = device::current()?;
+            let (mut device, stream) = locked(stream)?;
             if to_context.ordinal() != Some(device.ordinal) {
                 return Err(Status::NOT_SUPPORTED); // a stream of the source device
             }
-            let stream = device.stream(context, stream)?;
             if device.is_capturing(stream) {
                 device.invalidate_of(stream);
                 return Err(Status::NOT_SUPPORTED);
@@ -157,7 +160,7 @@ entries! {
             return Ok(());
         }
         let data = peer_read(from_context, from, bytes, &mut known)?;
-        let (mut device, _) = device::current()?;
+        let (mut device, stream) = locked(stream)?;
         device.streams.get_mut(&stream).ok_or(Status::INVALID_HANDLE)?.clock.join(&known);
         device.submit(stream, Action::Write { at: to, bytes: Arc::from(data) })
     }

@@ -64,8 +64,6 @@ pub struct Device {
     pub default_pool: Handle,
     pub current_pool: Handle,
     pub work: Work,
-    /// What the host knows to have finished, and its own operations as actor 0.
-    pub host: Vec<u32>,
     pub log: Log,
     actors: u32,
     serial: u64,
@@ -79,10 +77,16 @@ pub fn lock(ordinal: usize) -> Option<MutexGuard<'static, Device>> {
     Some(device.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
+/// Whether a CUdevice is one.
+pub fn exists(ordinal: i32) -> Cu {
+    super::init::check()?;
+    if (0..DEVICES as i32).contains(&ordinal) { Ok(()) } else { Err(Status::INVALID_DEVICE) }
+}
+
 /// Locks a device named by a CUdevice.
 pub fn by_ordinal(ordinal: i32) -> Cu<MutexGuard<'static, Device>> {
-    super::init::check()?;
-    usize::try_from(ordinal).ok().and_then(lock).ok_or(Status::INVALID_DEVICE)
+    exists(ordinal)?;
+    lock(ordinal as usize).ok_or(Status::INVALID_DEVICE)
 }
 
 /// Locks the device that a handle of this kind belongs to.
@@ -106,7 +110,7 @@ impl Device {
         let mut device = Self {
             ordinal,
             policy: Policy::default(),
-            memory: Memory::new(ordinal as usize, CAPACITY),
+            memory: Memory::new(ordinal, CAPACITY),
             allocations: BTreeMap::new(),
             contexts: BTreeMap::new(),
             retained: 0,
@@ -122,7 +126,6 @@ impl Device {
             default_pool: Handle::NULL,
             current_pool: Handle::NULL,
             work: Work::new(0),
-            host: vec![0],
             log: Log::default(),
             actors: 0,
             serial: 1, // serial 1 is the primary context
@@ -142,6 +145,11 @@ impl Device {
     /// A number for a new actor in vector clocks.
     pub fn actor(&mut self) -> u32 {
         self.actors += 1;
+        self.actors
+    }
+
+    /// How many actors there are beside the host.
+    pub fn actors(&self) -> u32 {
         self.actors
     }
 
@@ -189,8 +197,8 @@ impl Device {
             self.release(at);
         }
         if self.contexts.is_empty() {
-            self.captures.clear();
-            self.work.reseed(self.policy.seed);
+            self.memory = Memory::new(self.ordinal, CAPACITY);
+            self.work = Work::new(self.policy.seed);
         }
     }
 
@@ -206,7 +214,7 @@ impl Device {
         self.pools.insert(self.default_pool, Pool::default());
         self.log = Log::default();
         self.policy = Policy::default();
-        self.work.reseed(self.policy.seed);
+        self.work = Work::new(self.policy.seed);
     }
 
     /// The allocation that holds `bytes` bytes from here on, if it may still be used.

@@ -3,10 +3,12 @@
 use std::time::Instant;
 
 use super::abi::Out;
-use super::clock::Clock;
+use super::clock::{self, Clock};
+use super::context;
 use super::device::{self, Device};
 use super::handle::{Handle, Kind};
 use super::status::{Cu, Status};
+use super::stream::locked;
 use super::work::Action;
 
 const DISABLE_TIMING: u32 = 2;
@@ -56,16 +58,14 @@ impl Device {
             self.wait_task(task);
         }
         if let Some(record) = self.events.get(&event).and_then(|event| event.record.as_ref()) {
-            let known = record.clock.on(self.ordinal).to_vec();
-            super::clock::join(&mut self.host, &known);
+            clock::host().join(&record.clock);
         }
         self.settle_pools();
         self.event(event).map(drop)
     }
 
-    fn record(&mut self, context: Handle, event: Handle, stream: Handle) -> Cu {
-        let stream = self.stream(context, stream)?;
-        if self.event(event)?.context != context {
+    fn record(&mut self, event: Handle, stream: Handle) -> Cu {
+        if self.event(event)?.context != self.streams[&stream].context {
             return Err(Status::INVALID_HANDLE);
         }
         if self.is_capturing(stream) {
@@ -102,13 +102,12 @@ fn wait(stream: Handle, event: Handle, flags: u32) -> Cu {
         let record = found.record.as_ref().map(|record| (record.task, record.clock.clone()));
         let (task, clock) = record.unzip();
         // Tasks of one device cannot wait for tasks of another, so those run now.
-        if super::context::peek().and_then(Handle::ordinal) != Some(ordinal) {
+        if stream.ordinal().or_else(|| context::peek()?.ordinal()) != Some(ordinal) {
             task.into_iter().for_each(|task| device.wait_task(task));
         }
         (captured, task, clock, ordinal)
     };
-    let (mut device, context) = device::current()?;
-    let stream = device.stream(context, stream)?;
+    let (mut device, stream) = locked(stream)?;
     if device.is_capturing(stream) || capture.is_some() {
         let capture = capture.filter(|_| ordinal == device.ordinal);
         return device.capture_wait(stream, capture, task.is_some());
@@ -163,8 +162,8 @@ entries! {
     }
 
     fn cuEventRecord(event: Handle, stream: Handle) {
-        let (mut device, context) = device::current()?;
-        device.record(context, event, stream)
+        let (mut device, stream) = locked(stream)?;
+        device.record(event, stream)
     }
 
     fn cuEventRecordWithFlags(event: Handle, stream: Handle, flags: u32) {
@@ -189,7 +188,7 @@ entries! {
         device.host_event(event)?;
         device.not_unsafe()?;
         let task = device.pending(event)?;
-        device.poll(|device| !task.is_some_and(|task| device.work.is_pending(task)))?;
+        device.poll(task.as_slice())?;
         device.wait_event(event)
     }
 

@@ -65,7 +65,8 @@ impl Device {
             let (actor, seq) = &mut actors[node.lane];
             *seq += 1;
             clock.tick(self.ordinal, *actor, *seq);
-            let order = self.order(*actor, *seq, clock.on(self.ordinal));
+            let label = format!("{} in a graph", node.action.label());
+            let order = self.order(*actor, *seq, clock.on(self.ordinal), label);
             let after = node.after.iter().map(|&before| done[before].0).chain([begin]).collect();
             let task = self.enqueue_branch(graph.context, role, after, order, node.action.clone());
             done.push((task, clock));

@@ -9,6 +9,7 @@ use super::handle::{Handle, Kind};
 use super::module::Function;
 use super::occupancy::{device_blocks, max_threads, warps_by_registers};
 use super::status::{Cu, Status};
+use super::stream::locked;
 use super::work::{Action, Launch};
 use crate::ptx::Kernel;
 
@@ -93,6 +94,27 @@ fn from_extra(kernel: &Kernel, extra: In<usize>) -> Cu<Vec<u8>> {
     Ok(buffer.bytes(bytes).to_vec())
 }
 
+impl Function {
+    /// A CUfunction_attribute.
+    fn attribute(&self, attribute: u32) -> Option<i32> {
+        let (kernel, module) = (self.kernel(), &self.module.module);
+        let value = match attribute {
+            0 => max_threads(kernel),
+            1 => kernel.shared_bytes,
+            2 => module.variables.iter().filter(|v| v.constant).map(|v| v.bytes).sum(),
+            3 => kernel.local_bytes,
+            4 => kernel.registers,
+            5 => module.version.0 * 10 + module.version.1,
+            6 => 90, // binary version
+            8 => self.max_dynamic_shared,
+            9 => return Some(self.carveout),
+            7 | 10..=17 => 0, // caching, clusters
+            _ => return None,
+        };
+        Some(value as i32)
+    }
+}
+
 fn launch(
     function: Handle,
     shape: Shape,
@@ -101,9 +123,9 @@ fn launch(
     extra: In<usize>,
     cooperative: bool,
 ) -> Cu {
-    let (mut device, context) = device::current()?;
+    let (mut device, stream) = locked(stream)?;
     let found = device.function(function)?;
-    if found.context != context {
+    if found.context != device.streams[&stream].context {
         return Err(Status::INVALID_HANDLE);
     }
     shape.check(found, cooperative)?;
@@ -123,21 +145,21 @@ fn launch(
         dynamic_shared,
         params,
     };
-    let stream = device.stream(context, stream)?;
     device.submit(stream, Action::Launch(Arc::new(launch)))
 }
 
 entries! {
     fn cuLaunchKernel(
-        function: Handle, gx: u32, gy: u32, gz: u32, bx: u32, by: u32, bz: u32, dynamic_shared: u32, stream: Handle,
-        params: In<Host>, extra: In<usize>
+        function: Handle, gx: u32, gy: u32, gz: u32, bx: u32, by: u32, bz: u32,
+        dynamic_shared: u32, stream: Handle, params: In<Host>, extra: In<usize>
     ) {
-        launch(function, Shape { grid: [gx, gy, gz], block: [bx, by, bz], dynamic_shared }, stream, params, extra, false)
+        let shape = Shape { grid: [gx, gy, gz], block: [bx, by, bz], dynamic_shared };
+        launch(function, shape, stream, params, extra, false)
     }
 
     fn cuLaunchCooperativeKernel(
-        function: Handle, gx: u32, gy: u32, gz: u32, bx: u32, by: u32, bz: u32, dynamic_shared: u32, stream: Handle,
-        params: In<Host>
+        function: Handle, gx: u32, gy: u32, gz: u32, bx: u32, by: u32, bz: u32,
+        dynamic_shared: u32, stream: Handle, params: In<Host>
     ) {
         let shape = Shape { grid: [gx, gy, gz], block: [bx, by, bz], dynamic_shared };
         launch(function, shape, stream, params, In::NULL, true)
@@ -146,22 +168,7 @@ entries! {
     fn cuFuncGetAttribute(value: Out<i32>, attribute: u32, function: Handle) {
         value.check()?;
         let device = device::owner(function, Kind::Function)?;
-        let found = device.function(function)?;
-        let (kernel, module) = (found.kernel(), &found.module.module);
-        let constant = || module.variables.iter().filter(|v| v.constant).map(|v| v.bytes).sum();
-        value.set(match attribute {
-            0 => max_threads(kernel) as i32,
-            1 => kernel.shared_bytes as i32,
-            2 => { let bytes: u32 = constant(); bytes as i32 }
-            3 => kernel.local_bytes as i32,
-            4 => kernel.registers as i32,
-            5 => (module.version.0 * 10 + module.version.1) as i32,
-            6 => 90,
-            8 => found.max_dynamic_shared as i32,
-            9 => found.carveout,
-            7 | 10..=17 => 0,
-            _ => return Err(Status::INVALID_VALUE),
-        })
+        value.set(device.function(function)?.attribute(attribute).ok_or(Status::INVALID_VALUE)?)
     }
 
     fn cuFuncSetAttribute(function: Handle, attribute: u32, value: i32) {

@@ -5,11 +5,10 @@ use std::sync::Arc;
 use super::abi::Out;
 use super::capture::unsafe_call;
 use super::device::{self, Allocation, Device};
-use super::finding;
 use super::handle::Handle;
 use super::status::{Cu, Status};
+use super::stream::locked;
 use super::work::Action;
-use crate::Class;
 
 impl Device {
     /// Takes memory for a context.
@@ -42,32 +41,30 @@ impl Device {
 
 fn allocate_async(address: &Out<u64>, bytes: usize, pool: Option<Handle>, stream: Handle) -> Cu {
     address.check()?;
-    let (mut device, context) = device::current()?;
-    let stream = device.stream(context, stream)?;
+    let (mut device, stream) = locked(stream)?;
     if device.is_capturing(stream) {
         device.invalidate_of(stream);
-        device.log.reports.push(finding(Class::Unsupported, "allocation inside a capture".into()));
-        return Err(Status::NOT_SUPPORTED);
+        return Err(Status::NOT_SUPPORTED); // would be the graph's memory
     }
     device.not_implicit(stream)?;
     if bytes == 0 {
         return address.set(0);
     }
     let pool = pool.unwrap_or(device.current_pool);
+    let context = device.streams[&stream].context;
     let at = device.allocate(context, bytes as u64, Some(pool), false)?;
     address.set(at)
 }
 
 /// Sets `count` elements. A memset is asynchronous to the host in all its forms.
 fn fill(at: u64, pattern: &[u8], count: usize, stream: Handle) -> Cu {
-    let (mut device, context) = device::current()?;
-    let stream = device.stream(context, stream)?;
+    let (mut device, stream) = locked(stream)?;
     let width = pattern.len() as u64;
     let bytes = width.checked_mul(count as u64).ok_or(Status::INVALID_VALUE)?;
     if bytes == 0 {
         return Ok(());
     }
-    if at % width != 0 {
+    if !at.is_multiple_of(width) {
         return Err(Status::INVALID_VALUE);
     }
     device.range(at, bytes)?;
@@ -100,9 +97,9 @@ entries! {
         if device.freeable(at)?.pool.is_none() {
             device.finish(context);
         }
-        let order = device.host_order();
+        let order = device.host_order("free");
         if let Err(fault) = device.free(at, &order) {
-            device.log.reports.push(finding(fault.class, fault.message));
+            device.note(fault);
         }
         device.usable(context)
     }
@@ -117,8 +114,7 @@ entries! {
     }
 
     fn cuMemFreeAsync(at: u64, stream: Handle) {
-        let (mut device, context) = device::current()?;
-        let stream = device.stream(context, stream)?;
+        let (mut device, stream) = locked(stream)?;
         if at == 0 {
             return Ok(());
         }

@@ -42,6 +42,7 @@ mod module;
 pub(crate) mod occupancy;
 mod pinned;
 mod pool;
+mod run;
 mod status;
 mod stream;
 mod unsupported;
@@ -75,7 +76,12 @@ fn guard(name: &str, call: impl FnOnce() -> Cu) -> u32 {
     }
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(Ok(())) => Status::SUCCESS.0,
-        Ok(Err(status)) => status.0,
+        Ok(Err(status)) => {
+            if status == Status::NOT_SUPPORTED {
+                log(finding(Class::Unsupported, format!("{name}: not simulated")));
+            }
+            status.0
+        }
         Err(panic) => {
             let text = (panic.downcast_ref::<String>().map(String::as_str))
                 .or_else(|| panic.downcast_ref::<&str>().copied())

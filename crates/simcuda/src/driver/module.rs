@@ -4,6 +4,7 @@ use std::fs;
 use std::sync::Arc;
 
 use super::abi::{In, Out, Text};
+use super::attributes::SHARED;
 use super::device::{self, Device};
 use super::finding;
 use super::handle::{Handle, Kind};
@@ -98,7 +99,7 @@ impl Device {
             let at = self.allocate(context, u64::from(variable.bytes.max(1)), None, true)?;
             let mut content = variable.init.clone();
             content.resize(variable.bytes as usize, 0);
-            let order = self.host_order();
+            let order = self.host_order("module load");
             if let Err(fault) = self.memory.write(at, &content, &order) {
                 return Err(self.refuse_image(Status::UNKNOWN, fault.message));
             }
@@ -108,6 +109,28 @@ impl Device {
         let handle = self.handle(Kind::Module);
         let content = Arc::new(Loadable { handle, module });
         self.modules.insert(handle, Loaded { context, content, addresses });
+        Ok(handle)
+    }
+
+    /// The handle of a kernel: the same each time.
+    fn find_function(&mut self, module: Handle, name: &str) -> Cu<Handle> {
+        let loaded = self.modules.get(&module).ok_or(Status::INVALID_HANDLE)?;
+        let (context, content) = (loaded.context, loaded.content.clone());
+        let kernels = &content.module.kernels;
+        let kernel = kernels.iter().position(|k| k.name == name).ok_or(Status::NOT_FOUND)?;
+        let same = |f: &Function| f.module.handle == module && f.kernel == kernel;
+        if let Some((&known, _)) = self.functions.iter().find(|(_, f)| same(f)) {
+            return Ok(known);
+        }
+        let function = Function {
+            context,
+            kernel,
+            max_dynamic_shared: SHARED.saturating_sub(kernels[kernel].shared_bytes),
+            carveout: -1,
+            module: content,
+        };
+        let handle = self.handle(Kind::Function);
+        self.functions.insert(handle, function);
         Ok(handle)
     }
 
@@ -144,7 +167,9 @@ entries! {
     }
 
     /// Options are for a compiler that is not here.
-    fn cuModuleLoadDataEx(module: Out<Handle>, image: Text, _options: u32, _names: In<u32>, _values: In<u64>) {
+    fn cuModuleLoadDataEx(
+        module: Out<Handle>, image: Text, _options: u32, _names: In<u32>, _values: In<u64>
+    ) {
         load(&module, image.bytes()?)
     }
 
@@ -163,18 +188,8 @@ entries! {
 
     fn cuModuleGetFunction(function: Out<Handle>, module: Handle, name: Text) {
         function.check()?;
-        let name = name.get()?;
         let mut device = module_locked(module)?;
-        let (context, content) = (device.modules[&module].context, device.modules[&module].content.clone());
-        let kernel = content.module.kernels.iter().position(|kernel| kernel.name == name).ok_or(Status::NOT_FOUND)?;
-        let same = |f: &Function| f.module.handle == module && f.kernel == kernel;
-        if let Some(&known) = device.functions.iter().find(|(_, f)| same(f)).map(|(handle, _)| handle) {
-            return function.set(known);
-        }
-        let max_dynamic_shared = super::attributes::SHARED.saturating_sub(content.module.kernels[kernel].shared_bytes);
-        let handle = device.handle(Kind::Function);
-        device.functions.insert(handle, Function { context, module: content, kernel, max_dynamic_shared, carveout: -1 });
-        function.set(handle)
+        function.set(device.find_function(module, name.get()?)?)
     }
 
     fn cuModuleGetGlobal_v2(address: Out<u64>, bytes: Out<usize>, module: Handle, name: Text) {
@@ -182,7 +197,8 @@ entries! {
         let device = module_locked(module)?;
         let loaded = &device.modules[&module];
         let variables = &loaded.content.module.variables;
-        let index = variables.iter().position(|variable| variable.name == name).ok_or(Status::NOT_FOUND)?;
+        let index = variables.iter().position(|variable| variable.name == name);
+        let index = index.ok_or(Status::NOT_FOUND)?;
         address.set_if_wanted(loaded.addresses[index]);
         bytes.set_if_wanted(variables[index].bytes as usize);
         Ok(())

@@ -113,7 +113,9 @@ entries! {
         blocks(&count, function, threads, dynamic_shared, flags)
     }
 
-    fn cuOccupancyAvailableDynamicSMemPerBlock(bytes: Out<usize>, function: Handle, blocks: i32, threads: i32) {
+    fn cuOccupancyAvailableDynamicSMemPerBlock(
+        bytes: Out<usize>, function: Handle, blocks: i32, threads: i32
+    ) {
         if blocks <= 0 || threads <= 0 {
             return Err(Status::INVALID_VALUE);
         }
@@ -128,15 +130,15 @@ entries! {
     }
 
     fn cuOccupancyMaxPotentialBlockSize(
-        grid: Out<i32>, block: Out<i32>, function: Handle, shared_of: Option<SharedOfThreads>, dynamic_shared: usize,
-        limit: i32
+        grid: Out<i32>, block: Out<i32>, function: Handle, shared_of: Option<SharedOfThreads>,
+        dynamic_shared: usize, limit: i32
     ) {
         best_block(&grid, &block, function, shared_of, dynamic_shared, limit, 0)
     }
 
     fn cuOccupancyMaxPotentialBlockSizeWithFlags(
-        grid: Out<i32>, block: Out<i32>, function: Handle, shared_of: Option<SharedOfThreads>, dynamic_shared: usize,
-        limit: i32, flags: u32
+        grid: Out<i32>, block: Out<i32>, function: Handle, shared_of: Option<SharedOfThreads>,
+        dynamic_shared: usize, limit: i32, flags: u32
     ) {
         best_block(&grid, &block, function, shared_of, dynamic_shared, limit, flags)
     }

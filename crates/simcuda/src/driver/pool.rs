@@ -56,8 +56,11 @@ impl Pool {
         self.used -= bytes;
     }
 
+    /// Gives back what is reserved beyond this and beyond what is used.
     fn keep(&mut self, bytes: u64) {
-        self.reserved = self.reserved.min(self.used.max(bytes).next_multiple_of(UNIT));
+        if bytes < self.reserved {
+            self.reserved = self.reserved.min(self.used.max(bytes).next_multiple_of(UNIT));
+        }
     }
 }
 

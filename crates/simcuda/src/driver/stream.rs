@@ -36,11 +36,16 @@ pub struct Stream {
     pub capture: Option<(u64, Vec<usize>)>,
 }
 
-/// Locks the device of a stream named by an argument, and checks that its context is usable.
+/// Locks the device of a stream named by an argument, and checks that its context is usable. 0 and 1 are the current
+/// context's legacy stream, 2 its stream of this thread; others belong to their own context, current or not.
 pub fn locked(stream: Handle) -> Cu<(MutexGuard<'static, Device>, Handle)> {
     if stream.0 <= 2 {
         let (mut device, context) = device::current()?;
-        let stream = device.stream(context, stream)?;
+        let stream = if stream.0 == 2 {
+            device.per_thread(context)?
+        } else {
+            device.context(context)?.legacy
+        };
         return Ok((device, stream));
     }
     let device = device::owner(stream, Kind::Stream)?;
@@ -67,25 +72,14 @@ impl Device {
         handle
     }
 
-    /// The stream that an argument names: 0 and 1 are the legacy stream, 2 this thread's. Work goes only into streams
-    /// of the current context.
-    pub fn stream(&mut self, context: Handle, stream: Handle) -> Cu<Handle> {
-        match stream.0 {
-            0 | 1 => Ok(self.context(context)?.legacy),
-            2 => {
-                let thread = super::thread();
-                if let Some(&stream) = self.context(context)?.per_thread.get(&thread) {
-                    return Ok(stream);
-                }
-                let stream = self.open_stream(context, Role::Blocking, 0);
-                self.context(context)?.per_thread.insert(thread, stream);
-                Ok(stream)
-            }
-            _ => match self.streams.get(&stream) {
-                Some(s) if s.context == context => Ok(stream),
-                _ => Err(Status::INVALID_HANDLE),
-            },
+    fn per_thread(&mut self, context: Handle) -> Cu<Handle> {
+        let thread = super::thread();
+        if let Some(&stream) = self.context(context)?.per_thread.get(&thread) {
+            return Ok(stream);
         }
+        let stream = self.open_stream(context, Role::Blocking, 0);
+        self.context(context)?.per_thread.insert(thread, stream);
+        Ok(stream)
     }
 
     /// Adds work to a stream, or to the graph it is captured into.
@@ -148,8 +142,8 @@ entries! {
         let (mut device, stream) = locked(stream)?;
         device.not_captured(stream)?;
         let context = device.streams[&stream].context;
-        let last = device.streams[&stream].last;
-        device.poll(|device| !last.is_some_and(|last| device.work.is_pending(last)))?;
+        let tasks = device.stream_tasks(stream)?;
+        device.poll(&tasks)?;
         device.usable(context)?;
         device.wait_stream(stream)
     }
@@ -171,8 +165,7 @@ entries! {
 
     fn cuLaunchHostFunc(stream: Handle, function: Option<HostFunction>, data: Host) {
         let function = function.ok_or(Status::INVALID_VALUE)?;
-        let (mut device, context) = device::current()?;
-        let stream = device.stream(context, stream)?;
+        let (mut device, stream) = locked(stream)?;
         device.submit(stream, Action::Call { function, data })
     }
 }

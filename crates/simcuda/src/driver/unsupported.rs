@@ -2,15 +2,12 @@
 //! refused, so that nothing runs half-right. The names are data; a test compares the exports with cudarc's own list.
 
 use super::status::Status;
-use super::{finding, log};
-use crate::Class;
 
 /// Functions that answer CUDA_ERROR_NOT_SUPPORTED whatever their arguments: the C caller cleans up its own.
 macro_rules! unsupported {
     ($($name:ident)*) => {
         entries! {
             $(fn $name() {
-                log(finding(Class::Unsupported, concat!(stringify!($name), " is not simulated").into()));
                 Err(Status::NOT_SUPPORTED)
             })*
         }

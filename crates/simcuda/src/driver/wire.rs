@@ -70,14 +70,15 @@ macro_rules! classes {
 
         /// Place in the list; a class that is missing from it does not compile.
         fn class_index(class: Class) -> u64 {
-            match class { $(Class::$class => CLASSES.iter().position(|&c| c == Class::$class).unwrap_or_default() as u64),* }
+            let known = match class { $(Class::$class => Class::$class),* };
+            CLASSES.iter().position(|&c| c == known).unwrap_or_default() as u64
         }
     };
 }
 
 classes! {
-    OutOfBounds UseAfterFree Misaligned Uninitialised Race AsyncNotWaited DivergentBarrier BadMask Deadlock ReadOnly
-    Trap Assert StreamRace HostBuffer Unsupported
+    OutOfBounds UseAfterFree Misaligned Uninitialised Race AsyncNotWaited DivergentBarrier BadMask
+    Deadlock ReadOnly Trap Assert StreamRace HostBuffer Unsupported
 }
 
 /// Reports as bytes.

@@ -6,19 +6,16 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
 
 use super::abi::{Host, HostFunction};
-use super::clock;
+use super::clock::{self, Clock};
 use super::device::Device;
-use super::finding;
 use super::handle::Handle;
 use super::module::Loadable;
-use super::status::{Cu, Status, of_class};
+use super::status::{Cu, Status};
 use super::stream::Role;
-use crate::memory::{Fault, OpOrder};
+use crate::memory::OpOrder;
 use crate::policy::Streams;
-use crate::{Class, Report, exec};
 
 /// A kernel and what it is launched with.
 pub struct Launch {
@@ -74,13 +71,42 @@ pub enum Action {
     },
 }
 
+impl Action {
+    /// What it does, in a report's words.
+    pub fn label(&self) -> String {
+        match self {
+            Self::Mark => "wait".into(),
+            Self::Record(_) => "event record".into(),
+            Self::Write { at, bytes } => {
+                format!("copy of {} bytes from the host to {at:#x}", bytes.len())
+            }
+            Self::WriteFrom { at, bytes, .. } => {
+                format!("copy of {bytes} bytes from the host to {at:#x}")
+            }
+            Self::Read { at, bytes, .. } => format!("copy of {bytes} bytes at {at:#x} to the host"),
+            Self::Copy { to, from, bytes } => {
+                format!("copy of {bytes} bytes from {from:#x} to {to:#x}")
+            }
+            Self::Fill { at, pattern, count } => {
+                format!("memset of {} bytes at {at:#x}", pattern.len() as u64 * count)
+            }
+            Self::Launch(launch) => match launch.module.module.kernels.get(launch.kernel) {
+                Some(kernel) => format!("launch of {}", kernel.name),
+                None => "launch".into(),
+            },
+            Self::Call { .. } => "host function".into(),
+            Self::Free { at } => format!("free of {at:#x}"),
+        }
+    }
+}
+
 /// Submitted work.
 pub struct Task {
-    context: Handle,
+    pub context: Handle,
     role: Role,
     after: Vec<u64>,
-    order: OpOrder,
-    action: Action,
+    pub order: OpOrder,
+    pub action: Action,
 }
 
 /// What is submitted and has not run.
@@ -88,13 +114,15 @@ pub struct Work {
     pending: BTreeMap<u64, Task>,
     last: u64,
     random: u64,
+    /// What each operation was, by its number less one: for reports.
+    labels: Vec<String>,
     /// Something asked since the last submission whether work is done.
     asked: bool,
 }
 
 impl Work {
     pub fn new(seed: u64) -> Self {
-        Self { pending: BTreeMap::new(), last: 0, random: seed, asked: false }
+        Self { pending: BTreeMap::new(), last: 0, random: seed, labels: Vec::new(), asked: false }
     }
 
     pub fn reseed(&mut self, seed: u64) {
@@ -103,6 +131,11 @@ impl Work {
 
     pub fn is_pending(&self, task: u64) -> bool {
         self.pending.contains_key(&task)
+    }
+
+    /// What an operation was, by its number.
+    pub fn label(&self, number: usize) -> Option<&str> {
+        self.labels.get(number.checked_sub(1)?).map(String::as_str)
     }
 
     /// splitmix64.
@@ -116,10 +149,17 @@ impl Work {
 }
 
 impl Device {
-    /// The order of the next operation of an actor, which knows what `known` holds for this device.
-    pub fn order(&mut self, actor: u32, seq: u32, known: &[u32]) -> OpOrder {
+    /// The order of the next operation of an actor, which knows what `known` holds for this device. Where races are
+    /// not checked it knows everything.
+    pub fn order(&mut self, actor: u32, seq: u32, known: &[u32], label: String) -> OpOrder {
         self.work.last += 1;
-        OpOrder::new(self.work.last as u32, actor, seq, known.to_vec())
+        self.work.labels.push(label);
+        let known = if self.policy.checks.race {
+            known.to_vec()
+        } else {
+            vec![u32::MAX; self.actors() as usize + 1]
+        };
+        OpOrder::new(self.work.last as u32, actor, seq, known)
     }
 
     /// The number that the next task will have.
@@ -128,10 +168,12 @@ impl Device {
     }
 
     /// The order of something the host itself does: after all that it waited for, before all that it submits later.
-    pub fn host_order(&mut self) -> OpOrder {
-        self.host[0] += 1;
-        let (seq, known) = (self.host[0], self.host.clone());
-        self.order(0, seq, &known)
+    pub fn host_order(&mut self, label: &str) -> OpOrder {
+        let (seq, known) = {
+            let mut host = clock::host();
+            (host.advance(self.ordinal, 0), host.on(self.ordinal).to_vec())
+        };
+        self.order(0, seq, &known, format!("{label} by the host"))
     }
 
     /// Adds work to a stream that is not capturing; returns the task's number.
@@ -143,7 +185,7 @@ impl Device {
         let owner = self.contexts.get(&context).ok_or(Status::CONTEXT_IS_DESTROYED)?;
         let legacy = &self.streams[&owner.legacy];
         let mut after: Vec<u64> = after.iter().copied().chain(last).collect();
-        known.join_on(ordinal, &self.host);
+        known.join_on(ordinal, clock::host().on(ordinal));
         match role {
             Role::NonBlocking => {}
             Role::Blocking => {
@@ -152,12 +194,17 @@ impl Device {
             }
             Role::Legacy => {
                 after.extend(self.blocking_tasks(context));
-                known.join_on(ordinal, &owner.blocking);
+                known.join(&owner.blocking);
             }
         }
         known.tick(ordinal, actor, seq);
-        self.publish(context, role, known.on(ordinal));
-        let order = self.order(actor, seq, known.on(ordinal));
+        self.publish(context, role, &known);
+        let order = self.order(
+            actor,
+            seq,
+            known.on(ordinal),
+            format!("{} in stream {actor}", action.label()),
+        );
         let id = self.work.last;
         let s = self.streams.get_mut(&stream).ok_or(Status::INVALID_HANDLE)?;
         (s.clock, s.seq, s.last) = (known, seq, Some(id));
@@ -180,11 +227,11 @@ impl Device {
     }
 
     /// Notes what waiting for all streams of the context makes known.
-    pub fn publish(&mut self, context: Handle, role: Role, known: &[u32]) {
+    fn publish(&mut self, context: Handle, role: Role, known: &Clock) {
         if let Some(owner) = self.contexts.get_mut(&context) {
-            clock::join(&mut owner.everything, known);
+            owner.everything.join(known);
             if role == Role::Blocking {
-                clock::join(&mut owner.blocking, known);
+                owner.blocking.join(known);
             }
         }
     }
@@ -210,19 +257,25 @@ impl Device {
     }
 
     /// What the host waits for with a stream: for the legacy stream, the blocking ones too.
-    pub fn wait_stream(&mut self, stream: Handle) -> Cu {
+    pub fn stream_tasks(&self, stream: Handle) -> Cu<Vec<u64>> {
         let s = self.streams.get(&stream).ok_or(Status::INVALID_HANDLE)?;
-        let (context, role, last) = (s.context, s.role, s.last);
-        let mut known = s.clock.on(self.ordinal).to_vec();
-        let mut tasks: Vec<u64> = last.into_iter().collect();
-        if role == Role::Legacy {
-            tasks.extend(self.blocking_tasks(context));
-            if let Some(owner) = self.contexts.get(&context) {
-                clock::join(&mut known, &owner.blocking);
-            }
+        let mut tasks: Vec<u64> = s.last.into_iter().collect();
+        if s.role == Role::Legacy {
+            tasks.extend(self.blocking_tasks(s.context));
+        }
+        Ok(tasks)
+    }
+
+    /// Runs a stream's work; the host knows.
+    pub fn wait_stream(&mut self, stream: Handle) -> Cu {
+        let tasks = self.stream_tasks(stream)?;
+        let s = self.streams.get(&stream).ok_or(Status::INVALID_HANDLE)?;
+        let mut known = s.clock.clone();
+        if let Some(owner) = self.contexts.get(&s.context).filter(|_| s.role == Role::Legacy) {
+            known.join(&owner.blocking);
         }
         self.run_until(|pending| !tasks.iter().any(|task| pending.contains_key(task)));
-        clock::join(&mut self.host, &known);
+        clock::host().join(&known);
         self.settle_pools();
         Ok(())
     }
@@ -231,7 +284,7 @@ impl Device {
     pub fn finish(&mut self, context: Handle) {
         self.run_until(|pending| !pending.values().any(|task| task.context == context));
         if let Some(owner) = self.contexts.get(&context) {
-            clock::join(&mut self.host, &owner.everything);
+            clock::host().join(&owner.everything);
         }
         self.settle_pools();
     }
@@ -242,11 +295,12 @@ impl Device {
     }
 
     /// A query: the first one of pending work answers no, each later one lets one more task run, so that polling ends.
-    pub fn poll(&mut self, done: impl Fn(&Self) -> bool) -> Cu {
-        if !done(self) && std::mem::replace(&mut self.work.asked, true) {
+    pub fn poll(&mut self, tasks: &[u64]) -> Cu {
+        let done = |work: &Work| !tasks.iter().any(|&task| work.is_pending(task));
+        if !done(&self.work) && std::mem::replace(&mut self.work.asked, true) {
             self.step();
         }
-        if done(self) { Ok(()) } else { Err(Status::NOT_READY) }
+        if done(&self.work) { Ok(()) } else { Err(Status::NOT_READY) }
     }
 
     fn run_until(&mut self, done: impl Fn(&BTreeMap<u64, Task>) -> bool) {
@@ -269,136 +323,4 @@ impl Device {
             self.execute(task);
         }
     }
-
-    /// Runs a task, unless its context failed before.
-    fn execute(&mut self, task: Task) {
-        let Task { context, order, action, .. } = task;
-        if self.usable(context).is_err() {
-            return;
-        }
-        let outcome = match action {
-            Action::Mark => Ok(()),
-            Action::Record(event) => {
-                if let Some(record) =
-                    self.events.get_mut(&event).and_then(|event| event.record.as_mut())
-                {
-                    record.time = Some(Instant::now());
-                }
-                Ok(())
-            }
-            Action::Write { at, bytes } => self.memory.write(at, &bytes, &order),
-            Action::WriteFrom { at, from, bytes, hash } => {
-                let data = from.bytes(bytes);
-                if hash.is_some_and(|before| before != hash_of(data)) {
-                    self.log.reports.push(finding(
-                        Class::HostBuffer,
-                        format!(
-                            "the {bytes} host bytes at {:#x} changed between the submission of an asynchronous copy \
-                             to {at:#x} and its execution",
-                            from.0
-                        ),
-                    ));
-                }
-                self.memory.write(at, data, &order)
-            }
-            Action::Read { at, to, bytes } => self.read(at, to, bytes, &order),
-            Action::Copy { to, from, bytes } => self.memory.copy(to, from, bytes, &order),
-            Action::Fill { at, pattern, count } => self.memory.fill(at, &pattern, count, &order),
-            Action::Launch(launch) => return self.launch(context, &launch, order),
-            Action::Call { function, data } => {
-                super::IN_HOST_FUNCTION.set(true);
-                function(data.0 as *mut _);
-                super::IN_HOST_FUNCTION.set(false);
-                Ok(())
-            }
-            Action::Free { at } => self.free(at, &order),
-        };
-        if let Err(fault) = outcome {
-            self.fail(context, finding(fault.class, fault.message));
-        }
-    }
-
-    /// A copy to the host. Undefined bytes are reported but copied: hardware would, and nothing ran wrong.
-    pub fn read(&mut self, at: u64, to: Host, bytes: usize, order: &OpOrder) -> Result<(), Fault> {
-        let mut data = vec![0; bytes];
-        match self.memory.read(at, &mut data, order, self.policy.checks.init) {
-            Err(fault) if fault.class == Class::Uninitialised => {
-                self.log
-                    .reports
-                    .push(finding(fault.class, format!("copy to the host: {}", fault.message)));
-                self.memory.read(at, &mut data, order, false)?;
-            }
-            outcome => outcome?,
-        }
-        to.write(&data);
-        Ok(())
-    }
-
-    /// A free is a write of all bytes: what another stream does with them without an order is a race.
-    pub fn free(&mut self, at: u64, order: &OpOrder) -> Result<(), Fault> {
-        let outcome = match self.allocations.get(&at) {
-            Some(allocation) if self.policy.checks.race => {
-                self.memory.fill(at, &[0xdd], allocation.bytes, order).map_err(|fault| Fault {
-                    message: format!("freed while in use: {}", fault.message),
-                    ..fault
-                })
-            }
-            _ => Ok(()),
-        };
-        self.release(at);
-        outcome
-    }
-
-    /// Gives memory back.
-    pub fn release(&mut self, at: u64) {
-        if let Some(allocation) = self.allocations.remove(&at) {
-            if let Some(pool) = allocation.pool.and_then(|pool| self.pools.get_mut(&pool)) {
-                pool.give(allocation.bytes);
-            }
-            // The table above has it, so memory has it, too.
-            let _freed = self.memory.free(at);
-        }
-    }
-
-    fn launch(&mut self, context: Handle, launch: &Launch, order: OpOrder) {
-        let Some(kernel) = launch.module.module.kernels.get(launch.kernel) else { return };
-        let outcome = exec::run(
-            &exec::Launch {
-                kernel,
-                grid: launch.grid,
-                block: launch.block,
-                dynamic_shared: launch.dynamic_shared,
-                params: &launch.params,
-                op: order,
-            },
-            &mut self.memory,
-            &self.policy,
-        );
-        self.log.printed.push_str(&outcome.printed);
-        let (launches, sum) = self.log.counters.entry(kernel.name.clone()).or_default();
-        *launches += 1;
-        sum.add(&outcome.counters);
-        if let Some(report) = outcome.report {
-            self.fail(context, report);
-        }
-    }
-
-    /// A fault: the context is unusable from now on.
-    fn fail(&mut self, context: Handle, report: Report) {
-        if let Some(context) = self.contexts.get_mut(&context) {
-            context.error = Some(of_class(report.class));
-        }
-        self.log.reports.push(report);
-    }
-}
-
-/// FNV-1a over 8-byte words.
-pub fn hash_of(bytes: &[u8]) -> u64 {
-    let step = |hash: u64, word: u64| (hash ^ word).wrapping_mul(0x0100_0000_01b3).rotate_left(29);
-    let words = bytes.chunks(8).map(|chunk| {
-        let mut word = [0; 8];
-        word[..chunk.len()].copy_from_slice(chunk);
-        u64::from_le_bytes(word)
-    });
-    words.fold(0xcbf2_9ce4_8422_2325 ^ bytes.len() as u64, step)
 }
