@@ -1,0 +1,158 @@
+//! Seeded bugs in the shipped PTX: each must be caught, by the check whose class names its cause, by the reference, or
+//! by a counter. What caught each is written to MUTANTS.md by `SIMCUDA_BLESS=1 cargo test -p simcuda --test mutants`;
+//! without that the file must agree.
+//!
+//! A mutant is an edit of the PTX text. A pattern's blank matches any white space, and `$1` to `$9` match one operand,
+//! so that an edit names no register. The number of its occurrences is part of it: an edit that no longer fits the
+//! PTX fails loudly.
+
+#![allow(
+    unsafe_code,
+    reason = "launching a kernel is unsafe, and so is telling cudarc how arguments are laid out"
+)]
+
+#[path = "kernels/attention.rs"]
+mod attention;
+#[path = "kernels/copy.rs"]
+mod copy;
+#[path = "mutants/edit.rs"]
+mod edit;
+#[path = "kernels/gpu.rs"]
+mod gpu;
+#[path = "kernels/patterns.rs"]
+mod patterns;
+mod reference;
+#[path = "kernels/rows.rs"]
+mod rows;
+#[path = "mutants/table.rs"]
+mod table;
+#[path = "kernels/top_k.rs"]
+mod top_k;
+
+use std::fmt::Write;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use simcuda::{Class, Installed, Policy};
+
+use gpu::{Drive, Gpu};
+use table::{MUTANTS, Mutant};
+
+/// What stopped a mutant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Caught {
+    /// A check.
+    By(Class),
+    /// The result was wrong.
+    Reference,
+    /// The result was right, memory was touched wastefully.
+    Counter,
+}
+
+/// Runs a mutant's tests on a device of its own: a thread's devices are its own.
+fn run(ptx: &str, drive: Drive, policy: Policy) -> Option<(Caught, String)> {
+    let body = || {
+        let device = simcuda::device();
+        let outcome = Gpu::new(device, ptx, policy)
+            .and_then(|gpu| drive(&gpu).and_then(|()| Ok(gpu.stream.synchronize()?)));
+        if let Some(report) = simcuda::reports(device).first() {
+            return Some((Caught::By(report.class), report.message.clone()));
+        }
+        match outcome {
+            Err(gpu::Failure::Wrong(difference)) => Some((Caught::Reference, difference)),
+            Err(failure) => panic!("no report, but {failure}"),
+            Ok(()) => {
+                let waste =
+                    patterns::waste(|kernel| simcuda::counters(device, kernel)).unwrap_or_default();
+                waste.map(|waste| (Caught::Counter, waste))
+            }
+        }
+    };
+    std::thread::scope(|scope| scope.spawn(body).join())
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// The first policy under which a mutant is caught, and by what.
+fn try_all(mutant: &Mutant) -> Result<(usize, Caught), String> {
+    let ptx = edit::apply(mutant.ptx, mutant.edits)?;
+    for (i, policy) in gpu::policies().into_iter().enumerate() {
+        let Some((caught, message)) = run(&ptx, mutant.drive, policy) else { continue };
+        if !mutant.expected.contains(&caught) {
+            return Err(format!(
+                "{:?} expected, {caught:?} came under policy {i}: {message}",
+                mutant.expected
+            ));
+        }
+        return Ok((i, caught));
+    }
+    Err(format!("{:?} expected, nothing came", mutant.expected))
+}
+
+#[test]
+fn every_mutant_is_caught_for_its_cause() {
+    if simcuda::install() == Installed::RealDriver {
+        println!("mutants would only break a real device: not run");
+        return;
+    }
+    let results: Vec<_> = MUTANTS.iter().map(|_| Mutex::new(None)).collect();
+    let next = AtomicUsize::new(0);
+    let workers = std::thread::available_parallelism().map_or(1, |n| n.get().min(16));
+    std::thread::scope(|scope| {
+        for _ in 0..workers {
+            scope.spawn(|| {
+                while let Some((mutant, result)) = {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    MUTANTS.get(i).zip(results.get(i))
+                } {
+                    *result.lock().expect("no worker panics") = Some(try_all(mutant));
+                }
+            });
+        }
+    });
+
+    let mut table = String::from(
+        "# Seeded bugs and what caught them\n\nWritten by the tests of `tests/mutants.rs`; `SIMCUDA_BLESS=1 cargo test \
+         -p simcuda --test mutants` writes it anew.\nThe policies are those of `tests/kernels/gpu.rs`, tried in their \
+         order until one catches the bug.\n\n| kernel | bug | caught by | policy |\n|---|---|---|---|\n",
+    );
+    let mut missed = Vec::new();
+    for (mutant, result) in MUTANTS.iter().zip(results) {
+        match result.into_inner().expect("no worker panics").expect("every mutant ran") {
+            Ok((policy, caught)) => {
+                let by = match caught {
+                    Caught::By(class) => format!("check: {class:?}"),
+                    Caught::Reference => "reference".into(),
+                    Caught::Counter => "counter".into(),
+                };
+                writeln!(table, "| {} | {} | {by} | {} |", mutant.kernel, mutant.bug, policy + 1)
+                    .expect("to a string");
+            }
+            Err(why) => missed.push(format!("{}, {}: {why}", mutant.kernel, mutant.bug)),
+        }
+    }
+    assert!(missed.is_empty(), "{} of {}:\n{}", missed.len(), MUTANTS.len(), missed.join("\n"));
+
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/MUTANTS.md");
+    if std::env::var_os("SIMCUDA_BLESS").is_some() {
+        std::fs::write(path, &table).expect("MUTANTS.md can be written");
+    }
+    assert_eq!(
+        std::fs::read_to_string(path).unwrap_or_default(),
+        table,
+        "MUTANTS.md; SIMCUDA_BLESS=1 rewrites it"
+    );
+}
+
+/// Unedited, the PTX passes what the mutants must not.
+#[test]
+fn what_is_shipped_survives() {
+    if simcuda::install() == Installed::RealDriver {
+        return;
+    }
+    let mut drives: Vec<_> = MUTANTS.iter().map(|mutant| (mutant.ptx, mutant.drive)).collect();
+    drives.sort_by_key(|(ptx, drive)| (ptx.as_ptr() as usize, *drive as usize));
+    drives.dedup_by_key(|(ptx, drive)| (ptx.as_ptr() as usize, *drive as usize));
+    for (ptx, drive) in drives {
+        assert_eq!(run(ptx, drive, Policy::default()), None);
+    }
+}
