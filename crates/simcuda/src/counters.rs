@@ -149,7 +149,7 @@ words! {
         threads: u64,
         /// Instructions issued by warps.
         warp_instructions: Instructions,
-        /// The same times the active lanes.
+        /// The same, each times the lanes that execute it: active, and their guard true.
         thread_instructions: Instructions,
         /// Loads from global memory, the source side of `cp.async` included.
         global_load: GlobalAccess,

@@ -20,7 +20,8 @@ use std::{env, fs, process};
 
 use cudarc::driver::{CudaContext, CudaModule, DriverError, LaunchConfig, PushKernelArg};
 use cudarc::nvrtc::Ptx;
-use format::{Form, Kind};
+use format::{Form, Kind, Run};
+use simcuda::{CpAsync, MmaModel, Policy, Schedule};
 use value::{Expected, POISON, Tolerance, Type};
 
 fn folder() -> &'static Path {
@@ -99,7 +100,7 @@ fn run(
             }
         }
         Kind::Body { threads, blocks, runs, .. } => {
-            for run in runs.iter().filter(|run| !run.fails) {
+            for run in runs.iter().filter(|run| run.fails.is_none()) {
                 let bytes = run.output.iter().map(|(ty, _)| ty.bytes()).sum();
                 let shape = (*blocks, *threads);
                 let got = launch(module, context, number, shape, &run.input, bytes)?;
@@ -116,59 +117,97 @@ fn run(
     Ok(())
 }
 
-/// A context and, if the driver takes it, the module of all forms.
-type Device = (Arc<CudaContext>, Result<Arc<CudaModule>, DriverError>);
+/// A device and, if its driver takes it, the module of all forms there.
+struct Device {
+    ordinal: usize,
+    context: Arc<CudaContext>,
+    whole: Result<Arc<CudaModule>, DriverError>,
+}
 
-fn open(ordinal: usize, text: &str) -> Device {
-    let context = CudaContext::new(ordinal).unwrap();
-    let module = context.load_module(Ptx::from_src(text));
-    (context, module)
+impl Device {
+    fn open(text: &str, policy: Policy) -> Self {
+        let ordinal = simcuda::device();
+        simcuda::set_policy(ordinal, policy);
+        let context = CudaContext::new(ordinal).unwrap();
+        let whole = context.load_module(Ptx::from_src(text));
+        Self { ordinal, context, whole }
+    }
+
+    /// What the checks found, for messages.
+    fn reports(&self) -> String {
+        simcuda::reports(self.ordinal).iter().map(|report| format!("\n    {report}")).collect()
+    }
+}
+
+/// Runs all tables and panics with everything that failed.
+fn check(policy: Policy) {
+    simcuda::install();
+    let forms = forms();
+    let mut failures = Vec::new();
+    let mut lost = 0;
+    for (target, text) in modules(&forms) {
+        let mut device = Device::open(&text, policy);
+        for (number, form) in numbered(&forms, target) {
+            let mut fail = |what: &str, error| {
+                let reports = device.reports();
+                failures.push(format!("{} {}: {what}: {error:?}{reports}", form.place, form.name));
+            };
+            // If the driver refuses the module, it is asked form by form, to name the culprits and run the rest.
+            let alone = || ptx::module([(number, form)], target);
+            let load = |_| device.context.load_module(Ptx::from_src(alone()));
+            let module = match device.whole.clone().or_else(load) {
+                Ok(module) => module,
+                Err(error) => {
+                    fail("not loaded", error);
+                    continue;
+                }
+            };
+            let mut wrong = Vec::new();
+            if let Err(error) = run(form, number, &module, &device.context, &mut wrong) {
+                fail("not run", error);
+                // Each takes a device with it.
+                lost += 1;
+                assert!(lost < 15, "{}\nand so on", failures.join("\n"));
+                device = Device::open(&text, policy);
+            }
+            failures.append(&mut wrong);
+        }
+        simcuda::assert_clean(device.ordinal);
+    }
+    let (count, forms) = (failures.len(), forms.len());
+    assert!(failures.is_empty(), "{}\n{count} failures in {forms} forms", failures.join("\n"));
+}
+
+fn numbered(forms: &[Form], target: u32) -> impl Iterator<Item = (usize, &Form)> {
+    forms.iter().enumerate().filter(move |(_, form)| form.target == target)
+}
+
+/// A module per target; also written to a folder, if one is given.
+fn modules(forms: &[Form]) -> [(u32, String); 2] {
+    let modules = [80, 90].map(|target| (target, ptx::module(numbered(forms, target), target)));
+    if let Ok(folder) = env::var("SIMCUDA_DUMP_PTX") {
+        for (target, text) in &modules {
+            fs::write(Path::new(&folder).join(format!("forms_sm_{target}.ptx")), text).unwrap();
+        }
+    }
+    modules
 }
 
 #[test]
 fn tables() {
-    // A failed launch costs the device. There is one real one, and many simulated ones.
-    let simulated = matches!(simcuda::install(), simcuda::Installed::Simulated);
-    let mut ordinals = (0..if simulated { 64 } else { 1 }).cycle();
-    let forms = forms();
-    let mut failures = Vec::new();
-    let numbered = |target| forms.iter().enumerate().filter(move |(_, form)| form.target == target);
-    let texts = [80, 90].map(|target| (target, ptx::module(numbered(target), target)));
-    if let Ok(folder) = env::var("SIMCUDA_DUMP_PTX") {
-        for (target, text) in &texts {
-            fs::write(Path::new(&folder).join(format!("forms_sm_{target}.ptx")), text).unwrap();
-        }
-    }
-    for (target, text) in texts {
-        let mut device = ordinals.next().map(|ordinal| open(ordinal, &text)).unwrap();
-        for (number, form) in numbered(target) {
-            let (context, whole) = &device;
-            // If the driver refuses the module, it is asked form by form, to name the culprits and run the rest.
-            let result = whole
-                .clone()
-                .or_else(|_| {
-                    context.load_module(Ptx::from_src(ptx::module([(number, form)], target)))
-                })
-                .map(|module| run(form, number, &module, context, &mut failures));
-            match result {
-                Ok(Ok(())) => (),
-                Ok(Err(error)) => {
-                    failures.push(format!("{} {}: {error:?}", form.place, form.name));
-                    device = ordinals.next().map(|ordinal| open(ordinal, &text)).unwrap();
-                }
-                Err(error) => {
-                    failures.push(format!("{} {}: not loaded: {error:?}", form.place, form.name));
-                }
-            }
-        }
-    }
-    let count = failures.len();
-    assert!(
-        failures.is_empty(),
-        "{}\n{count} failures in {} forms",
-        failures.join("\n"),
-        forms.len()
-    );
+    check(Policy::default());
+}
+
+#[test]
+fn tables_one_block_at_a_time() {
+    let (schedule, cp_async, mma) = (Schedule::OneBlock, CpAsync::Early, MmaModel::Exact);
+    check(Policy { schedule, cp_async, mma, perturb: true, ..Policy::default() });
+}
+
+#[test]
+fn tables_in_random_order() {
+    let (schedule, mma) = (Schedule::Random, MmaModel::Truncated);
+    check(Policy { schedule, mma, perturb: true, seed: 7, ..Policy::default() });
 }
 
 /// Launches that must fail, each in a process of its own: what they do to a device outlasts the context.
@@ -176,8 +215,7 @@ fn tables() {
 fn failing_launches() {
     let mut failing = 0;
     for form in forms() {
-        let Kind::Body { runs, .. } = &form.kind else { continue };
-        if runs.iter().all(|run| !run.fails) {
+        if failure(&form).is_none() {
             continue;
         }
         failing += 1;
@@ -188,9 +226,10 @@ fn failing_launches() {
             .unwrap();
         let said = String::from_utf8_lossy(&child.stdout);
         assert!(
-            child.status.success() && said.contains("the launch failed: "),
-            "{}: expected the launch to fail, got {}\n{said}{}",
+            child.status.success() && said.contains("the launch failed as it must"),
+            "{} {}: {}\n{said}{}",
             form.place,
+            form.name,
             child.status,
             String::from_utf8_lossy(&child.stderr)
         );
@@ -198,22 +237,33 @@ fn failing_launches() {
     assert!(failing > 0, "no table expects a failure");
 }
 
+/// The launch that must fail, and the class of the report.
+fn failure(form: &Form) -> Option<(&Run, &str)> {
+    let Kind::Body { runs, .. } = &form.kind else { return None };
+    runs.iter().find_map(|run| Some((run, run.fails.as_deref()?)))
+}
+
 #[test]
 #[ignore = "run by failing_launches, in a process of its own"]
 fn one_failing_launch() {
     let place = env::var("SIMCUDA_FORM").expect("failing_launches names a form");
-    simcuda::install();
+    let installed = simcuda::install();
     let forms = forms();
     let number = forms.iter().position(|form| form.place == place).unwrap();
     let form = &forms[number];
-    let Kind::Body { threads, blocks, runs, .. } = &form.kind else { panic!("{place}") };
-    let context = CudaContext::new(0).unwrap();
-    let text = ptx::module([(number, form)], form.target);
-    let module = context.load_module(Ptx::from_src(text)).unwrap();
-    let run = runs.iter().find(|run| run.fails).unwrap();
-    let result = launch(&module, &context, number, (*blocks, *threads), &run.input, 0);
-    println!("the launch failed: {}", result.expect_err("the launch must fail"));
-    // The context is lost: unloading it would only fail again.
+    let (run, class) = failure(form).unwrap();
+    let Kind::Body { threads, blocks, .. } = form.kind else { unreachable!("it has launches") };
+    let device = Device::open(&ptx::module([(number, form)], form.target), Policy::default());
+    let module = device.whole.as_ref().unwrap();
+    let result = launch(module, &device.context, number, (blocks, threads), &run.input, 128);
+    let error = result.expect_err("the launch must fail");
+    let classes: Vec<_> =
+        simcuda::reports(device.ordinal).iter().map(|r| format!("{:?}", r.class)).collect();
+    if installed == simcuda::Installed::Simulated {
+        assert_eq!(classes, [class], "{error:?}");
+    }
+    println!("the launch failed as it must: {error:?}");
+    // The context is lost: to unload it would only fail again.
     process::exit(0);
 }
 

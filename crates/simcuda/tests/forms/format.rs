@@ -15,7 +15,7 @@
 //!     st.global.u32 [%dst], %r1;  %p %h %r %rd %f %fd 0.. are declared
 //! end
 //! in u32 0..32                    words of the input buffer: ranges, `3*7` is 7 7 7
-//! out u32 0..32                   and of the output buffer; or `fails`; `in` again opens the next launch
+//! out u32 0..32                   and of the output buffer; or `fails Trap`; `in` again opens the next launch
 //! ```
 //!
 //! `target 90` in a section raises `.target` from sm_80 where the ISA asks for it.
@@ -66,8 +66,8 @@ pub struct Run {
     pub line: usize,
     pub input: Vec<u8>,
     pub output: Vec<(Type, Expected)>,
-    /// The launch must fail; nothing is compared.
-    pub fails: bool,
+    /// The launch must fail, with a report of this class on a simulated device; nothing is compared.
+    pub fails: Option<String>,
 }
 
 /// All sections of all files in a folder, or every mistake in them.
@@ -107,9 +107,10 @@ fn check(file: &str, text: &str, forms: &[Form]) -> Result<(), String> {
         }
         let (code, empty) = match kind {
             Kind::Registers { code, rows, .. } => (code, rows.is_empty()),
-            Kind::Body { body, runs, .. } => {
-                (body, runs.is_empty() || runs.iter().any(|r| r.output.is_empty() != r.fails))
-            }
+            Kind::Body { body, runs, .. } => (
+                body,
+                runs.is_empty() || runs.iter().any(|r| r.output.is_empty() != r.fails.is_some()),
+            ),
         };
         if empty {
             return Err(format!("{place}: has no rows, or a launch that expects nothing"));
@@ -166,7 +167,7 @@ pub fn parse(file: &str, text: &str) -> Result<Vec<Form>, String> {
                 }
             }
             (Kind::Body { runs, .. }, "in") => {
-                if runs.last().is_none_or(|run| run.fails || !run.output.is_empty()) {
+                if runs.last().is_none_or(|run| run.fails.is_some() || !run.output.is_empty()) {
                     runs.push(Run { line, ..Run::default() });
                 }
                 let run = runs.last_mut().expect("just pushed");
@@ -182,7 +183,7 @@ pub fn parse(file: &str, text: &str) -> Result<Vec<Form>, String> {
                 }
                 let run = runs.last_mut().expect("not empty");
                 if word == "fails" {
-                    run.fails = true;
+                    run.fails = Some(rest.into());
                     continue;
                 }
                 let (ty, words) = words(rest).map_err(at)?;
@@ -300,7 +301,7 @@ mod tests {
     #[test]
     fn bodies_have_launches() {
         let text = "# A\nform add.s32\nthreads 2\nmodule\n.global .u32 g$;\nbody\n  add.s32 ;\nend\n\
-                    in u8 1 2*255\nin u16 3\nout u32 0..2 _\nin u32 7\nout u32 1\nout f32 nan\nfails\n";
+                    in u8 1 2*255\nin u16 3\nout u32 0..2 _\nin u32 7\nout u32 1\nout f32 nan\nfails Trap\n";
         let forms = parse("add.s32.txt", text).unwrap();
         let Kind::Body { threads, module, body, runs, .. } = &forms[0].kind else { panic!() };
         assert_eq!(
@@ -312,6 +313,9 @@ mod tests {
             runs[0].output.iter().map(|o| o.1).collect::<Vec<_>>(),
             [Expected::Bits(0), Expected::Bits(1), Expected::Untouched]
         );
-        assert_eq!((runs.len(), runs[1].output.len(), runs[1].fails), (2, 2, true));
+        assert_eq!(
+            (runs.len(), runs[1].output.len(), runs[1].fails.as_deref()),
+            (2, 2, Some("Trap"))
+        );
     }
 }

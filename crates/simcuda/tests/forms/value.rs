@@ -101,11 +101,10 @@ impl Type {
         }
     }
 
-    /// Neighbouring floats have neighbouring numbers.
-    fn ordinal(self, bits: u64) -> i64 {
-        let sign = 1 << (self.bits() - 1);
-        let magnitude = (bits & !sign) as i64;
-        if bits & sign == 0 { magnitude } else { -magnitude }
+    /// The distance from a float's magnitude to the next larger one.
+    fn ulp(self, bits: u64) -> f64 {
+        let magnitude = bits & !(1 << (self.bits() - 1));
+        self.float(magnitude + 1) - self.float(magnitude)
     }
 
     /// For messages: hex, and the number.
@@ -124,13 +123,14 @@ impl Type {
 /// How far an approximate result may lie from the exact one.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Tolerance {
-    Ulp(i64),
+    /// Units in the last place of the exact result, with its sign.
+    Ulp(f64),
     Absolute(f64),
     Relative(f64),
 }
 
 impl Tolerance {
-    pub const EXACT: Self = Tolerance::Ulp(0);
+    pub const EXACT: Self = Tolerance::Ulp(0.0);
 
     pub fn parse(text: &str) -> Option<Self> {
         match text.split_once(' ')? {
@@ -177,7 +177,10 @@ impl Expected {
             return expected == got;
         }
         match tolerance {
-            Tolerance::Ulp(n) => n > 0 && (ty.ordinal(expected) - ty.ordinal(got)).abs() <= n,
+            Tolerance::Ulp(n) => {
+                a.is_sign_negative() == b.is_sign_negative()
+                    && (a - b).abs() <= n * ty.ulp(expected)
+            }
             Tolerance::Absolute(limit) => (a - b).abs() <= limit,
             Tolerance::Relative(limit) => (a - b).abs() <= limit * a.abs(),
         }
@@ -217,16 +220,20 @@ mod tests {
         let one = Expected::parse(f32s, "1.0").unwrap();
         assert!(one.admits(f32s, 0x3f80_0000, Tolerance::EXACT));
         assert!(!one.admits(f32s, 0x3f80_0001, Tolerance::EXACT));
-        assert!(one.admits(f32s, 0x3f7f_fffe, Tolerance::Ulp(2)));
-        assert!(!one.admits(f32s, 0x3f7f_fffd, Tolerance::Ulp(2)));
+        assert!(one.admits(f32s, 0x3f7f_fffc, Tolerance::Ulp(2.0)));
+        assert!(!one.admits(f32s, 0x3f7f_fffb, Tolerance::Ulp(2.0)));
+        assert!(one.admits(f32s, 0x3f80_0002, Tolerance::Ulp(2.0)));
+        assert!(!one.admits(f32s, 0x3f80_0003, Tolerance::Ulp(2.0)));
         assert!(one.admits(f32s, 0x3f80_0010, Tolerance::Absolute(2e-6)));
         assert!(!one.admits(f32s, 0x3f80_0020, Tolerance::Relative(2e-6)));
         let zero = Expected::parse(f32s, "0.0").unwrap();
         assert!(!zero.admits(f32s, 0x8000_0000, Tolerance::EXACT), "the sign of zero counts");
+        assert!(zero.admits(f32s, 2, Tolerance::Ulp(2.0)));
+        assert!(!zero.admits(f32s, 0x8000_0001, Tolerance::Ulp(2.0)));
         let nan = Expected::parse(f32s, "nan").unwrap();
         assert!(nan.admits(f32s, 0xffc0_0001, Tolerance::EXACT));
-        assert!(!nan.admits(f32s, 0x7f80_0000, Tolerance::Ulp(9)));
+        assert!(!nan.admits(f32s, 0x7f80_0000, Tolerance::Ulp(9.0)));
         assert!(Expected::Untouched.admits(f32s, 0xcdcd_cdcd, Tolerance::EXACT));
-        assert!(!Expected::Untouched.admits(f32s, 0xcdcd_cdcc, Tolerance::Ulp(9)));
+        assert!(!Expected::Untouched.admits(f32s, 0xcdcd_cdcc, Tolerance::Ulp(9.0)));
     }
 }
