@@ -23,3 +23,4 @@ pub use host::{
 };
 pub use policy::{Checks, CpAsync, MmaModel, Policy, Schedule, Streams};
 pub use report::{Class, Report};
+pub use roofline::{A100_SXM, Bound, Device, H100_SXM, Resource, Roofline};

@@ -99,7 +99,7 @@ impl Warp {
                     r.non_coherent = non_coherent;
                     self.load(grid, around, space, &r, &mut data)?;
                 }
-                self.to_registers(&to, active, &data);
+                self.scatter(&to, active, &data);
                 Ok(())
             }
             Op::Store { space, address, from, semantics } => {
@@ -199,7 +199,7 @@ impl Warp {
     }
 
     /// Bytes to registers, extended to their width.
-    fn to_registers(&mut self, to: &Elements, active: u32, data: &Lanes) {
+    fn scatter(&mut self, to: &Elements, active: u32, data: &Lanes) {
         let bytes = usize::from(to.bytes);
         for (i, &slot) in to.slots[..usize::from(to.count)].iter().enumerate() {
             if slot == NONE {
@@ -257,7 +257,7 @@ fn params(grid: &Grid<'_>, r: &Request<'_>, data: &mut Lanes) -> Result<(), Faul
             let message = format!("{width} bytes at {at} of {} bytes of parameters", params.len());
             return Err(Fault::new(Class::OutOfBounds, Some(lane as u32), message));
         };
-        if at % u64::from(r.width) != 0 {
+        if !at.is_multiple_of(r.width.into()) {
             let message = format!("parameter offset {at} is not a multiple of {width}");
             return Err(Fault::new(Class::Misaligned, Some(lane as u32), message));
         }

@@ -11,7 +11,7 @@ use super::warp::{Warp, Width};
 use crate::Class;
 use crate::CpAsync;
 use crate::decode::op::{Inst, NONE, Op, Semantics, Space};
-use crate::memory::{Fault, Lanes, Request};
+use crate::memory::{Fault, Lanes};
 use crate::num::{matrix, mma};
 
 /// A warp's copies under way.
@@ -123,7 +123,7 @@ impl Warp {
             grid.memory.load(&r, &mut grid.clocks, grid.policy.checks, data)?;
         }
         for lane in (0..32).filter(|l| (reads & !full) >> l & 1 == 1) {
-            if from[lane] % u64::from(width) != 0 {
+            if !from[lane].is_multiple_of(width.into()) {
                 let message = format!("{:#x} is not a multiple of {width}", from[lane]);
                 return Err(Fault::new(Class::Misaligned, Some(lane as u32), message));
             }
@@ -190,12 +190,7 @@ impl Warp {
                 let mut data: Lanes = [[0; 16]; 32];
                 let r = request(self, givers, &at, 16, WEAK, pc);
                 // Each row reaches four lanes; for the race check the giver reads it.
-                around.shared.load(
-                    &Request { ..r },
-                    &mut grid.clocks,
-                    grid.policy.checks,
-                    &mut data,
-                )?;
+                around.shared.load(&r, &mut grid.clocks, grid.policy.checks, &mut data)?;
                 grid.meter.ldmatrix(&at[..8 * usize::from(count)]);
                 for (m, &slot) in dst[..usize::from(count)].iter().enumerate() {
                     let rows: [[u16; 8]; 8] = std::array::from_fn(|row| {

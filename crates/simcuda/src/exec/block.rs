@@ -45,7 +45,6 @@ pub(super) enum Turn {
 
 /// The state of a block besides its warps, which a running warp may change.
 pub(super) struct Surroundings<'a> {
-    pub index: u32,
     pub id: [u32; 3],
     pub shared: &'a mut Region,
 }
@@ -78,7 +77,7 @@ impl Block {
     }
 
     /// Runs each warp that can for up to `quantum` instructions.
-    pub fn turn(&mut self, grid: &mut Grid<'_>, quantum: u64) -> Result<Turn, Report> {
+    pub fn turn(&mut self, grid: &mut Grid<'_>, quantum: u64) -> Result<Turn, Box<Report>> {
         let count = self.warps.len();
         let first = grid.first_warp(self.next, count);
         let mut ran = false;
@@ -88,7 +87,7 @@ impl Block {
                 continue;
             }
             ran = true;
-            let around = Surroundings { index: self.index, id: self.id, shared: &mut self.shared };
+            let around = Surroundings { id: self.id, shared: &mut self.shared };
             match self.warps[w].run(grid, around, quantum)? {
                 Stop::Quantum => {}
                 Stop::Done => grid.progress(),
@@ -106,7 +105,7 @@ impl Block {
     }
 
     /// A warp came to a barrier; the last one releases the others.
-    fn arrive(&mut self, grid: &mut Grid<'_>, w: usize) -> Result<(), Report> {
+    fn arrive(&mut self, grid: &mut Grid<'_>, w: usize) -> Result<(), Box<Report>> {
         grid.progress();
         let arrival =
             self.warps[w].arrival.take().expect("a warp that stopped at a barrier says which");
@@ -120,7 +119,7 @@ impl Block {
             return fail(grid, self, format!("expected a barrier below {BARRIERS}, got {id}"));
         }
         let expected = arrival.count.unwrap_or(block_threads);
-        if expected % 32 != 0 || expected == 0 || expected > block_threads {
+        if !expected.is_multiple_of(32) || expected == 0 || expected > block_threads {
             let limit = "a multiple of 32 up to the block's";
             return fail(
                 grid,
@@ -165,7 +164,7 @@ impl Block {
     }
 
     /// Every warp waits or is done: say at which barrier and who is missing.
-    fn stuck(&self, grid: &Grid<'_>) -> Report {
+    fn stuck(&self, grid: &Grid<'_>) -> Box<Report> {
         let (w, waiting) = self
             .warps
             .iter()

@@ -58,12 +58,12 @@ pub fn run(launch: &Launch<'_>, memory: &mut Memory, policy: &Policy) -> Outcome
         progress_at: 0,
         random: policy.seed,
     };
-    let report = grid.blocks(blocks).err();
+    let report = grid.blocks(blocks).err().map(|report| *report);
     Outcome { counters: grid.meter.finish(), report, printed: grid.printed }
 }
 
 impl Grid<'_> {
-    fn blocks(&mut self, blocks: u32) -> Result<(), Report> {
+    fn blocks(&mut self, blocks: u32) -> Result<(), Box<Report>> {
         let (resident, quantum, in_order) = match self.policy.schedule {
             Schedule::InOrder => (MOST_RESIDENT, LONG_TURN, true),
             Schedule::Quantum(n) => (MOST_RESIDENT, n.max(1).into(), false),
@@ -120,7 +120,7 @@ impl Grid<'_> {
         Ok(())
     }
 
-    fn stuck(&self, block: &Block) -> Report {
+    fn stuck(&self, block: &Block) -> Box<Report> {
         let idle = self.instructions - self.progress_at;
         let message = format!(
             "{idle} warp instructions without a store that changed anything: a wait that nobody ends \
@@ -175,26 +175,26 @@ impl Grid<'_> {
     }
 
     /// A finding with its place.
-    pub fn report(&self, fault: Fault, pc: u32, block: [u32; 3], warp: u32) -> Report {
+    pub fn report(&self, fault: Fault, pc: u32, block: [u32; 3], warp: u32) -> Box<Report> {
         let mut message = fault.message;
         if let Some(other) = fault.other_inst
-            && (other as usize) < self.code.texts.len()
+            && let Some(text) = self.code.texts.get(other as usize)
         {
-            let text = &self.code.texts[other as usize];
-            message += &format!("; the other access: `{text}` at {}", self.source(other));
+            let place = format!("`{text}` at {}", self.source(other));
+            message = message.replace(&format!("inst #{other}"), &place);
         }
         let size = self.launch.block;
         let thread = fault.lane.map(|lane| {
             let t = warp * 32 + lane;
             (block, [t % size[0], t / size[0] % size[1], t / size[0] / size[1]])
         });
-        Report {
+        Box::new(Report {
             class: fault.class,
             message,
             kernel: self.launch.kernel.name.clone(),
             source: Some(self.source(pc)),
             instruction: self.code.texts[pc as usize].clone(),
             thread,
-        }
+        })
     }
 }

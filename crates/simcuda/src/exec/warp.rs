@@ -227,7 +227,7 @@ impl Warp {
         grid: &mut Grid<'_>,
         mut around: Surroundings<'_>,
         quantum: u64,
-    ) -> Result<Stop, Report> {
+    ) -> Result<Stop, Box<Report>> {
         let end = grid.instructions + quantum;
         loop {
             if self.splits.is_empty() {

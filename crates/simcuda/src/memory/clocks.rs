@@ -30,11 +30,6 @@ impl OpOrder {
         Self { op, ordinal, seq, clock: clock.into() }
     }
 
-    /// Whether `earlier` is ordered before this operation.
-    pub fn after(&self, earlier: &Self) -> bool {
-        self.follows(earlier.ordinal, earlier.seq)
-    }
-
     pub(super) fn follows(&self, ordinal: u32, seq: u32) -> bool {
         self.clock.get(ordinal as usize).is_some_and(|known| *known >= seq)
     }

@@ -139,6 +139,7 @@ impl Memory {
     }
 
     /// Address and bytes of what was not freed.
+    #[cfg(test)]
     pub fn live(&self) -> impl Iterator<Item = (u64, u64)> {
         self.slots.iter().filter(|slot| slot.region.is_some()).map(|slot| (slot.base, slot.bytes))
     }

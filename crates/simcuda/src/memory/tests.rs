@@ -19,7 +19,7 @@ fn op(n: u32) -> OpOrder {
 /// Something that warps access: a device's memory at an allocation, or a block's shared memory.
 enum Target {
     Global(Box<Memory>, u64),
-    Shared(Region),
+    Shared(Box<Region>),
 }
 
 /// A launch of 4 blocks of 4 warps on initialised memory, all bytes zero.
@@ -84,7 +84,11 @@ impl Launch {
     fn shared() -> Self {
         let variables = [("tile".to_owned(), 0, 64), ("sums".to_owned(), 80, 64)];
         let region = Region::shared(&variables, 144);
-        Self { target: Target::Shared(region), clocks: Clocks::new(&op(2), 4, 4), check: ALL }
+        Self {
+            target: Target::Shared(Box::new(region)),
+            clocks: Clocks::new(&op(2), 4, 4),
+            check: ALL,
+        }
     }
 
     fn request<T>(

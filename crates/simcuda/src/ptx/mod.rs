@@ -40,7 +40,6 @@ pub struct Kernel {
 /// A kernel parameter.
 #[derive(Debug)]
 pub struct Param {
-    pub name: String,
     pub offset: u32,
     pub bytes: u32,
 }
@@ -50,7 +49,6 @@ pub struct Param {
 pub struct Variable {
     pub name: String,
     pub constant: bool,
-    pub align: u32,
     pub bytes: u32,
     /// As long as the variable; what has no initialiser is zero (PTX ISA, "Initializers").
     pub init: Vec<u8>,
@@ -88,7 +86,7 @@ impl Module {
             let mut param_bytes = 0u32;
             for p in &function.params {
                 let offset = param_bytes.next_multiple_of(p.align);
-                params.push(Param { name: p.name.clone(), offset, bytes: p.bytes });
+                params.push(Param { offset, bytes: p.bytes });
                 param_bytes = offset + p.bytes;
             }
             kernels.push(Kernel {
@@ -120,14 +118,7 @@ impl Module {
             }
             let constant = v.space == ast::Space::Const;
             let name = v.name.clone();
-            variables.push(Variable {
-                name,
-                constant,
-                align: v.align,
-                bytes: v.bytes,
-                init,
-                addresses,
-            });
+            variables.push(Variable { name, constant, bytes: v.bytes, init, addresses });
         }
         Ok(Self { version: file.version, target: file.target, kernels, variables })
     }

@@ -162,7 +162,7 @@ const OTHERS: &[Entry] = forms! { rare:
     "cvt.rna.tf32.f32" => (a: F32) -> B32 {
         // A multiple of 2^13 in the bits; ties away from zero.
         let bits = a.to_bits();
-        if a.is_nan() { 0x7fff_ffff } else if a.is_infinite() { bits } else { bits + 0x1000 & !0x1fff }
+        if a.is_nan() { 0x7fff_ffff } else if a.is_infinite() { bits } else { (bits + 0x1000) & !0x1fff }
     }
 };
 

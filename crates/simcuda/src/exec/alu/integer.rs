@@ -64,7 +64,7 @@ macro_rules! halfwords {
 const OTHERS: &[Entry] = forms! { rare:
     "add.sat.s32" => (a: S32, b: S32) -> S32 { a.saturating_add(b) }
     "sub.sat.s32" => (a: S32, b: S32) -> S32 { a.saturating_sub(b) }
-    "mad.hi.sat.s32" => (a: S32, b: S32, c: S32) -> S32 { ((i64::from(a) * i64::from(b) >> 32) as i32).saturating_add(c) }
+    "mad.hi.sat.s32" => (a: S32, b: S32, c: S32) -> S32 { (((i64::from(a) * i64::from(b)) >> 32) as i32).saturating_add(c) }
 
     "dp4a.u32.u32" => (a: B32, b: B32, c: U32) -> U32 { dot!(bytes!(a, u8), bytes!(b, u8), c) }
     "dp4a.u32.s32" => (a: B32, b: B32, c: U32) -> U32 { dot!(bytes!(a, u8), bytes!(b, i8), c) }

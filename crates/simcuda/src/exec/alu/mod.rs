@@ -61,6 +61,7 @@ impl Alu {
     }
 
     /// Every form, sorted.
+    #[cfg(test)]
     pub fn forms() -> &'static [&'static str] {
         static FORMS: LazyLock<Vec<&str>> = LazyLock::new(|| {
             let mut forms: Vec<_> = entries().flat_map(|e| e.forms.iter().copied()).collect();
