@@ -142,3 +142,81 @@ pub fn hash(seed: u64, form: u64, inputs: [u32; 2]) -> u64 {
     }
     h
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::num::oracle::{Random, samples_f32};
+
+    /// Far closer than f32 can tell, so that the rounded result is the right one but for one input in 2^25.
+    #[test]
+    fn exp2_and_log2_are_those_of_the_library() {
+        for x in samples_f32(20_000).into_iter().map(f64::from) {
+            let close =
+                |got: f64, want: f64| (got - want).abs() <= 1e-15 * want.abs() || got == want;
+            let small = x % 200.0;
+            assert!(
+                close(exp2(small), small.exp2()) || small.is_nan() && exp2(small).is_nan(),
+                "{small:e}"
+            );
+            assert!(close(log2(x), x.log2()) || x.log2().is_nan() && log2(x).is_nan(), "{x:e}");
+        }
+        assert_eq!([-1e9, 1e9, -151.0].map(|x| exp2(x) as f32), [0.0, f32::INFINITY, 0.0]);
+        assert_eq!([0.0, -149.0, 127.0].map(exp2), [1.0, 2f64.powi(-149), 2f64.powi(127)]);
+        assert_eq!(
+            [1.0, 8.0, 0.125, 0.0, -0.0].map(log2),
+            [0.0, 3.0, -3.0, f64::NEG_INFINITY, f64::NEG_INFINITY]
+        );
+    }
+
+    #[test]
+    fn perturbation_stays_within_the_bound_and_uses_it() {
+        let mut random = Random(5);
+        for bound in [
+            Bound::Ulp(1.0),
+            Bound::Ulp(2.0),
+            Bound::Relative(pow2(22)),
+            Bound::Ulp(0.7),
+            Bound::Relative(pow2(11)),
+            Bound::Absolute(pow2(20)),
+        ] {
+            let (mut above, mut below, mut far) = (0, 0, 0f64);
+            for _ in 0..4000 {
+                let exact = (1.0 + (random.next() >> 12) as f64 * 2f64.powi(-52))
+                    * 2f64.powi((random.next() % 8) as i32 - 4);
+                let ulp = 2f64.powi(exact.log2().floor() as i32 - 23);
+                let error = match bound {
+                    Bound::Ulp(n) => n * ulp,
+                    Bound::Relative(e) => e * exact,
+                    Bound::Absolute(e) => e,
+                };
+                let seed = random.next();
+                let got = f64::from(perturbed_f32(exact, bound, seed));
+                assert!((got - exact).abs() <= error.max(ulp / 2.0), "{bound:?} {exact:e} {got:e}");
+                assert_eq!(got, f64::from(perturbed_f32(exact, bound, seed)));
+                let nearest = f64::from(exact as f32);
+                (above, below) =
+                    (above + i32::from(got > nearest), below + i32::from(got < nearest));
+                far = far.max((got - exact).abs() / error);
+            }
+            assert!(above > 200 && below > 200 && far > 0.9, "{bound:?}: {above} {below} {far}");
+        }
+        for exact in [0.0, -0.0, f64::INFINITY, 1e300] {
+            assert_eq!(
+                perturbed_f32(exact, Bound::Ulp(2.0), 3).to_bits(),
+                (exact as f32).to_bits()
+            );
+        }
+        let tiny = perturbed_f32(2f64.powi(-140), Bound::Ulp(2.0), 9);
+        assert!((f64::from(tiny) - 2f64.powi(-140)).abs() <= 2f64.powi(-148));
+    }
+
+    #[test]
+    fn hashes_differ() {
+        let all = [(1, 2, [3, 4]), (2, 2, [3, 4]), (1, 3, [3, 4]), (1, 2, [4, 3]), (1, 2, [3, 5])];
+        let mut hashes = all.map(|(seed, form, inputs)| hash(seed, form, inputs)).to_vec();
+        hashes.sort_unstable();
+        hashes.dedup();
+        assert_eq!(hashes.len(), all.len());
+    }
+}

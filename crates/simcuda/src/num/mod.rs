@@ -8,6 +8,8 @@ pub mod approx;
 pub mod half;
 pub mod matrix;
 pub mod mma;
+#[cfg(test)]
+pub mod oracle;
 pub mod round;
 
 /// Whether functions compiled for `avx2,bmi1,bmi2,fma,lzcnt,popcnt` may be called.

@@ -154,3 +154,142 @@ pub fn saturate(x: f32) -> f32 {
 pub fn relu(x: f32) -> f32 {
     if x <= 0.0 { 0.0 } else { x }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::num::oracle::{Exact, F32, F64, Random, samples_f32};
+
+    pub const ROUNDS: [Round; 4] = [Round::Nearest, Round::Zero, Round::Down, Round::Up];
+
+    /// `a * b + c` by the definition. `exact` says which sign the zero of an exact sum has.
+    fn expected(a: f32, b: f32, c: f32, round: Round) -> f32 {
+        let plain = f64::from(a) * f64::from(b) + f64::from(c);
+        if !a.is_finite() || !b.is_finite() || !c.is_finite() {
+            return plain as f32;
+        }
+        let sum = Exact::product(a.into(), b.into()).add(&Exact::new(c.into()));
+        let negative = (a * b).is_sign_negative();
+        if !sum.is_zero() {
+            sum.round(F32, round) as f32
+        } else if negative == c.is_sign_negative() {
+            if negative { -0.0 } else { 0.0 }
+        } else if round == Round::Down {
+            -0.0
+        } else {
+            0.0
+        }
+    }
+
+    fn assert_same(got: f32, want: f32, what: &dyn Fn() -> String) {
+        let same = got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan();
+        assert!(
+            same,
+            "{}: {got:e} {:08x}, want {want:e} {:08x}",
+            what(),
+            got.to_bits(),
+            want.to_bits()
+        );
+    }
+
+    #[test]
+    fn sums_and_products_round_the_exact_value() {
+        let samples = samples_f32(2000);
+        let mut random = Random(1);
+        for i in 0..12_000 {
+            let mut pick = || samples[random.next() as usize % samples.len()];
+            let (a, b) = (pick(), pick());
+            // A third close to the product, where cancellation is.
+            let c = if i % 3 == 0 {
+                -(a * b) * (1.0 + (pick().to_bits() % 9) as f32 * 1e-7)
+            } else {
+                pick()
+            };
+            for round in ROUNDS {
+                let what = || format!("{a:e} {b:e} {c:e} {round:?}");
+                assert_same(fma(a, b, c, round), expected(a, b, c, round), &what);
+                assert_same(add(a, c, round), expected(a, 1.0, c, round), &what);
+                let zero = if (a * b).is_sign_negative() { -0.0 } else { 0.0 };
+                assert_same(mul(a, b, round), expected(a, b, zero, round), &what);
+            }
+        }
+    }
+
+    /// A quotient or root `y` is right if `y` and its neighbours, multiplied out, lie on the right sides.
+    #[test]
+    fn quotients_and_roots_bracket_the_exact_value() {
+        let samples: Vec<_> =
+            samples_f32(1500).into_iter().filter(|x| x.is_finite() && *x != 0.0).collect();
+        let mut random = Random(2);
+        for _ in 0..6000 {
+            let mut pick = || samples[random.next() as usize % samples.len()].abs();
+            let (a, b) = (pick(), pick());
+            for (down, up, nearest, divisor) in [
+                (div(a, b, Round::Down), div(a, b, Round::Up), div(a, b, Round::Nearest), Some(b)),
+                (sqrt(a, Round::Down), sqrt(a, Round::Up), sqrt(a, Round::Nearest), None),
+            ] {
+                let back = |y: f64| Exact::product(y, divisor.map_or(y, f64::from));
+                let exact = Exact::new(a.into());
+                if up.is_infinite() {
+                    assert_eq!(down, f32::MAX);
+                    continue;
+                }
+                assert!(
+                    back(down.into()).cmp(&exact).is_le() && back(up.into()).cmp(&exact).is_ge(),
+                    "{a:e} {b:e}"
+                );
+                assert!(down == up || down.next_up() == up, "{a:e} {b:e}: {down:e} {up:e}");
+                let middle = (f64::from(down) + f64::from(up)) / 2.0;
+                let want = match back(middle).cmp(&exact) {
+                    std::cmp::Ordering::Less => up,
+                    std::cmp::Ordering::Greater => down,
+                    _ if down.to_bits() & 1 == 0 => down,
+                    _ => up,
+                };
+                assert_eq!(nearest, want, "{a:e} {b:e}");
+                assert_eq!(div(a, b, Round::Zero), div(a, b, Round::Down));
+                assert_eq!(div(-a, b, Round::Zero), div(-a, b, Round::Up));
+            }
+        }
+    }
+
+    #[test]
+    fn f64_and_integers_round_the_exact_value() {
+        let mut random = Random(3);
+        for i in 0..4000 {
+            // Over f32's range and a little beyond, a third of them near a midpoint of f32.
+            let bits = random.next();
+            let exponent = 1023 - 155 + bits % 290;
+            let fraction =
+                if i % 3 == 0 { bits >> 12 & !0xfff_ffff | 0x1000_0000 } else { bits >> 12 };
+            let fraction = fraction.wrapping_add(i % 5).wrapping_sub(2) & ((1 << 52) - 1);
+            let x = f64::from_bits(bits & 1 << 63 | exponent << 52 | fraction);
+            let integer = i128::from(bits as i64 >> (bits % 50)) + i128::from(i % 3);
+            for round in ROUNDS {
+                let want = Exact::new(x).round(F32, round) as f32;
+                assert_same(to_f32(x, round), want, &|| format!("{x:e} {round:?}"));
+                let want = Exact::integer(integer).round(F64, round);
+                assert_eq!(integer_to_f64(integer, round), want, "{integer} {round:?}");
+                let want = Exact::integer(integer).round(F32, round) as f32;
+                assert_same(to_f32(integer_to_odd(integer), round), want, &|| {
+                    format!("{integer} {round:?}")
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn flags() {
+        assert_eq!(flush(f32::from_bits(0x8000_0001)).to_bits(), 0x8000_0000);
+        assert_eq!(flush(f32::MIN_POSITIVE), f32::MIN_POSITIVE);
+        assert_eq!(
+            [2.0, 1.0, 0.25, -0.0, -1.0, f32::NAN].map(|x| saturate(x).to_bits()),
+            [1.0, 1.0, 0.25, 0.0, 0.0, 0.0f32].map(f32::to_bits)
+        );
+        assert_eq!(
+            [2.0, -0.0, -1.0].map(|x| relu(x).to_bits()),
+            [2.0, 0.0, 0.0f32].map(f32::to_bits)
+        );
+        assert!(relu(f32::NAN).is_nan());
+    }
+}
