@@ -18,8 +18,8 @@ fn op(n: u32) -> OpOrder {
 
 /// Something that warps access: a device's memory at an allocation, or a block's shared memory.
 enum Target {
-    Global(Box<Memory>, u64),
-    Shared(Region),
+    Global(Memory, u64),
+    Shared(Box<Region>),
 }
 
 /// A launch of 4 blocks of 4 warps on initialised memory, all bytes zero.
@@ -73,18 +73,18 @@ impl Launch {
         let mut memory = Memory::new(0, 1 << 40);
         let at = memory.alloc(bytes).unwrap();
         memory.fill(at, &[0], bytes, &op(1)).unwrap();
-        Self {
-            target: Target::Global(Box::new(memory), at),
-            clocks: Clocks::new(&op(2), 4, 4),
-            check: ALL,
-        }
+        Self { target: Target::Global(memory, at), clocks: Clocks::new(&op(2), 4, 4), check: ALL }
     }
 
     /// Two variables of 64 bytes, 16 apart.
     fn shared() -> Self {
         let variables = [("tile".to_owned(), 0, 64), ("sums".to_owned(), 80, 64)];
         let region = Region::shared(&variables, 144);
-        Self { target: Target::Shared(region), clocks: Clocks::new(&op(2), 4, 4), check: ALL }
+        Self {
+            target: Target::Shared(Box::new(region)),
+            clocks: Clocks::new(&op(2), 4, 4),
+            check: ALL,
+        }
     }
 
     fn request<T>(
