@@ -324,6 +324,7 @@ impl Clocks {
             news |= state.acquire(levels, block, &seen[1]);
         }
         if news {
+            // The race shadow counts on it: at one clock, a warp knows the same.
             state.tick(own);
         }
     }

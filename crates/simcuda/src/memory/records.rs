@@ -93,6 +93,16 @@ struct Past {
     when: When,
 }
 
+/// What an access does to a cell that it may touch.
+#[derive(Debug, Clone, Copy, Default)]
+struct Plan {
+    /// The slot of the two others that a read takes, or the last write when there is a new one.
+    place: Option<usize>,
+    /// The other slots that say nothing any more.
+    clear: [bool; 2],
+    met_strong: bool,
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Operation {
     op: u32,
@@ -108,6 +118,9 @@ pub(super) struct Records {
     /// Last record by instruction, to find it again in a loop.
     recent: [u32; 16],
     ops: Vec<Operation>,
+    /// The last plan and the records it was for: the new access's (and whether it is `.nc`) and the cell's. It holds
+    /// as long as the records do, because a warp that comes to know more also gets a new clock.
+    known: ([u32; 4], Plan),
 }
 
 const LANE: u32 = 31;
@@ -115,7 +128,7 @@ const LANE: u32 = 31;
 impl Default for Records {
     fn default() -> Self {
         let none = Record { op: 0, warp: HOST, clock: 0, inst: 0, write: false, rank: Rank::Weak };
-        Self { all: vec![none], recent: [0; 16], ops: Vec::new() }
+        Self { all: vec![none], recent: [0; 16], ops: Vec::new(), known: Default::default() }
     }
 }
 
@@ -127,6 +140,7 @@ impl Records {
     pub(super) fn reset(&mut self) {
         self.all.truncate(1);
         self.recent = [0; 16];
+        self.known = Default::default();
         self.ops.clear();
     }
 
@@ -144,6 +158,7 @@ impl Records {
         let renumbered = renumbered.collect();
         self.all.truncate(kept as usize);
         self.recent = [0; 16];
+        self.known = Default::default();
         renumbered
     }
 
@@ -178,48 +193,58 @@ impl Records {
     /// Checks an access to some cells against their slots and enters it. `mine` is its slot value for lane 0; cell
     /// `i` is touched by lane `lane + (i >> per_lane)`. Says whether a plain store met a strong write of its launch.
     pub(super) fn touch(
-        &self,
+        &mut self,
         cells: &mut [Cell],
         mine: u32,
         lane: u32,
         per_lane: u32,
         who: &Who<'_>,
     ) -> Result<bool, Conflict> {
-        let me = self.all[(mine >> 5) as usize];
         let (mut at, mut met_strong) = (0, false);
         while at < cells.len() {
             let mine_at = |i: usize| mine | (lane + ((at + i) as u32 >> per_lane));
             let rest = &mut cells[at..];
             let mut like = alike(rest);
-            let cell = rest[0];
-            let mut past = cell.map(|slot| self.past(slot, &me, who));
-            if past.iter().flatten().any(|past| past.when == When::SameWarp) {
-                // Lanes decide: as far as they agree.
-                let same = |i: usize| rest[i].map(|slot| (slot ^ mine_at(i)) & LANE == 0);
-                let lanes = same(0);
-                like = (1..like).find(|i| same(*i) != lanes).unwrap_or(like);
-                for (past, same) in past.iter_mut().zip(lanes) {
-                    if let Some(past) = past.as_mut().filter(|past| past.when == When::SameWarp) {
-                        past.when = if same { When::Before } else { When::Unordered };
+            let [w, a, b] = rest[0].map(|slot| slot >> 5);
+            let question = [mine >> 5 | u32::from(who.non_coherent) << 31, w, a, b];
+            let plan = match self.known {
+                (asked, plan) if asked == question => plan,
+                _ => {
+                    let me = self.all[(mine >> 5) as usize];
+                    let mut past = rest[0].map(|slot| self.past(slot, &me, who));
+                    let by_lane = past.iter().flatten().any(|past| past.when == When::SameWarp);
+                    if by_lane {
+                        // As far as the lanes agree.
+                        let same = |i: usize| rest[i].map(|slot| (slot ^ mine_at(i)) & LANE == 0);
+                        let lanes = same(0);
+                        like = (1..like).find(|i| same(*i) != lanes).unwrap_or(like);
+                        past.iter_mut().zip(lanes).for_each(|(past, same)| {
+                            past.iter_mut().for_each(|past| past.decide(same));
+                        });
                     }
+                    for (slot, past) in rest[0].iter().zip(past) {
+                        if let Some(past) = past
+                            && let Some(kind) = past.conflict(&me, who)
+                        {
+                            return Err(Conflict {
+                                kind,
+                                other: past.record,
+                                other_lane: slot & LANE,
+                                other_op: self.ops[past.record.op as usize].op,
+                                same_record: slot >> 5 == mine >> 5,
+                                lane: mine_at(0) & LANE,
+                            });
+                        }
+                    }
+                    let plan = Plan::new(&me, past);
+                    if !by_lane {
+                        self.known = (question, plan);
+                    }
+                    plan
                 }
-            }
-            for (slot, past) in cell.iter().zip(past).filter_map(|(slot, past)| Some((slot, past?)))
-            {
-                if let Some(kind) = past.conflict(&me, who) {
-                    return Err(Conflict {
-                        kind,
-                        other: past.record,
-                        other_lane: slot & LANE,
-                        other_op: self.ops[past.record.op as usize].op,
-                        same_record: slot >> 5 == mine >> 5,
-                        lane: mine_at(0) & LANE,
-                    });
-                }
-            }
-            let strong = |past: Past| past.record.op == me.op && past.record.rank != Rank::Weak;
-            met_strong |= me.write && me.rank == Rank::Weak && past[0].is_some_and(strong);
-            enter(&me, past, &mut rest[..like], mine_at);
+            };
+            met_strong |= plan.met_strong;
+            plan.enter(who.write, &mut rest[..like], mine_at);
             at += like;
         }
         Ok(met_strong)
@@ -248,6 +273,13 @@ impl Records {
 }
 
 impl Past {
+    /// Of the same warp: whether it is of the same lane.
+    fn decide(&mut self, same_lane: bool) {
+        if self.when == When::SameWarp {
+            self.when = if same_lane { When::Before } else { When::Unordered };
+        }
+    }
+
     fn conflict(&self, me: &Record, who: &Who<'_>) -> Option<Kind> {
         let same_op = self.record.op == me.op;
         if who.non_coherent && same_op && self.record.write {
@@ -271,6 +303,9 @@ impl Past {
 
 /// How many cells from the first on name the same records.
 fn alike(cells: &[Cell]) -> usize {
+    if cells.len() == 1 {
+        return 1;
+    }
     // Four cells at a time, to be compared as vectors.
     let pattern: [u32; 12] = std::array::from_fn(|i| cells[0][i % 3]);
     let differ = |of: &[Cell]| {
@@ -288,22 +323,32 @@ fn alike(cells: &[Cell]) -> usize {
     cells.iter().position(|cell| differ(std::slice::from_ref(cell))).unwrap_or(cells.len())
 }
 
-/// Puts an access into cells that agree in what their slots hold.
-fn enter(me: &Record, past: [Option<Past>; 3], cells: &mut [Cell], mine: impl Fn(usize) -> u32) {
-    let kept = past.map(|past| past.filter(|past| !past.hidden_by(me)).map(|past| past.record));
-    let newcomer = if me.write { kept[0] } else { Some(*me) };
-    let place = newcomer.and_then(|newcomer| place(kept[1], kept[2], &newcomer, me.op));
-    for slot in [1, 2] {
-        if place == Some(slot) && me.write {
-            cells.iter_mut().for_each(|cell| cell[slot] = cell[0]);
-        } else if place == Some(slot) {
-            cells.iter_mut().enumerate().for_each(|(i, cell)| cell[slot] = mine(i));
-        } else if past[slot].is_some() && kept[slot].is_none() {
-            cells.iter_mut().for_each(|cell| cell[slot] = 0);
+impl Plan {
+    fn new(me: &Record, past: [Option<Past>; 3]) -> Self {
+        let kept = past.map(|past| past.filter(|past| !past.hidden_by(me)).map(|past| past.record));
+        let newcomer = if me.write { kept[0] } else { Some(*me) };
+        let place = newcomer.and_then(|newcomer| place(kept[1], kept[2], &newcomer, me.op));
+        let strong = |past: Past| past.record.op == me.op && past.record.rank != Rank::Weak;
+        Self {
+            place,
+            clear: [1, 2].map(|slot| past[slot].is_some() && kept[slot].is_none()),
+            met_strong: me.write && me.rank == Rank::Weak && past[0].is_some_and(strong),
         }
     }
-    if me.write {
-        cells.iter_mut().enumerate().for_each(|(i, cell)| cell[0] = mine(i));
+
+    fn enter(self, write: bool, cells: &mut [Cell], mine: impl Fn(usize) -> u32) {
+        for slot in [1, 2] {
+            if self.place == Some(slot) && write {
+                cells.iter_mut().for_each(|cell| cell[slot] = cell[0]);
+            } else if self.place == Some(slot) {
+                cells.iter_mut().enumerate().for_each(|(i, cell)| cell[slot] = mine(i));
+            } else if self.clear[slot - 1] {
+                cells.iter_mut().for_each(|cell| cell[slot] = 0);
+            }
+        }
+        if write {
+            cells.iter_mut().enumerate().for_each(|(i, cell)| cell[0] = mine(i));
+        }
     }
 }
 

@@ -18,7 +18,7 @@ fn op(n: u32) -> OpOrder {
 
 /// Something that warps access: a device's memory at an allocation, or a block's shared memory.
 enum Target {
-    Global(Box<Memory>, u64),
+    Global(Memory, u64),
     Shared(Box<Region>),
 }
 
@@ -73,11 +73,7 @@ impl Launch {
         let mut memory = Memory::new(0, 1 << 40);
         let at = memory.alloc(bytes).unwrap();
         memory.fill(at, &[0], bytes, &op(1)).unwrap();
-        Self {
-            target: Target::Global(Box::new(memory), at),
-            clocks: Clocks::new(&op(2), 4, 4),
-            check: ALL,
-        }
+        Self { target: Target::Global(memory, at), clocks: Clocks::new(&op(2), 4, 4), check: ALL }
     }
 
     /// Two variables of 64 bytes, 16 apart.
