@@ -96,16 +96,16 @@ impl Device {
         }
         let mut addresses = Vec::with_capacity(module.variables.len());
         for variable in &module.variables {
-            let at = self.allocate(context, u64::from(variable.bytes.max(1)), None, true)?;
-            let mut content = variable.init.clone();
-            content.resize(variable.bytes as usize, 0);
+            let bytes = u64::from(variable.bytes.max(1));
+            addresses.push(self.allocate(context, bytes, None, true)?);
+        }
+        module.place(&addresses); // initialisers may hold addresses of variables
+        for (variable, &at) in module.variables.iter().zip(&addresses) {
             let order = self.host_order("module load");
-            if let Err(fault) = self.memory.write(at, &content, &order) {
+            if let Err(fault) = self.memory.write(at, &variable.init, &order) {
                 return Err(self.refuse_image(Status::UNKNOWN, fault.message));
             }
-            addresses.push(at);
         }
-        module.place(&addresses);
         let handle = self.handle(Kind::Module);
         let content = Arc::new(Loadable { handle, module });
         self.modules.insert(handle, Loaded { context, content, addresses });

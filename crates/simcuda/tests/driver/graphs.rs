@@ -87,6 +87,32 @@ fn a_graph_with_branches() {
     }
 }
 
+/// Launches of one graph follow each other, whatever streams they are in.
+#[test]
+fn launches_of_one_graph_are_ordered() {
+    for seed in 0..8 {
+        let (device, context) = lazy(seed);
+        // SAFETY: one graph, whose launches the driver orders.
+        unsafe { context.disable_event_tracking() };
+        let (stream, other) = (context.new_stream().unwrap(), context.new_stream().unwrap());
+        let f = function(&context, "increment");
+        let mut a = stream.alloc_zeros::<u32>(4).unwrap();
+        let mut b = stream.alloc_zeros::<u32>(4).unwrap();
+        stream.synchronize().unwrap();
+        stream.begin_capture(LOCAL).unwrap();
+        stream.memcpy_dtod(&b, &mut a).unwrap();
+        increment(&stream, &f, &mut b);
+        let graph = stream.end_capture(PLAIN).unwrap().unwrap();
+        graph.launch().unwrap();
+        // SAFETY: graph and stream are alive.
+        unsafe { result::graph::launch(graph.cu_graph_exec(), other.cu_stream()) }.unwrap();
+        context.synchronize().unwrap();
+        assert_eq!(stream.clone_dtoh(&a).unwrap(), [1; 4], "seed {seed}");
+        assert_eq!(stream.clone_dtoh(&b).unwrap(), [2; 4], "seed {seed}");
+        simcuda::assert_clean(device);
+    }
+}
+
 #[test]
 fn pinned_memory_is_read_at_each_launch() {
     let (device, context, stream) = untracked();
