@@ -49,11 +49,11 @@ struct ContestTally {
     u32 prefix, arrivals;
     u32 unused[2];
 };
-// The answer for a segment: all keys above the threshold and the first `ties` equal to it, `count` in all.
+// The answer for a segment: all keys above the threshold and the first `ties` equal to it, `count` in all. And how many
+// of its unprotected scores are NaN.
 struct Cut {
     i64 positions;
-    u32 threshold, ties, count;
-    u32 unused;
+    u32 threshold, ties, count, nans;
 };
 struct Range {
     u32 start, end;
@@ -152,6 +152,7 @@ __device__ inline void cut_segments(const Contest& contest, const Segment* segme
             cuts[s].threshold = own ? tallies[s].floor_prefix : threshold;
             cuts[s].ties = count - (own ? tallies[s].floor_above : above);
             cuts[s].count = count;
+            cuts[s].nans = tallies[s].nans;
         }
     }
 }
