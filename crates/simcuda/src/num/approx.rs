@@ -28,14 +28,15 @@ pub fn exp2(x: f64) -> f64 {
         std::f64::consts::LN_2,
     ];
     let x = if x > 200.0 { 200.0 } else { x };
-    let x = if x < -200.0 { -200.0 } else { x };
-    let shifted = x + SHIFTER;
-    let fraction = x - (shifted - SHIFTER);
+    let least = if x < -200.0 { -200.0 } else { x };
+    let shifted = least + SHIFTER;
+    let fraction = least - (shifted - SHIFTER);
     let mut power = 0.0;
     for c in C {
         power = (power + c) * fraction;
     }
-    (1.0 + power) * f64::from_bits(shifted.to_bits().wrapping_add(1023) << 52)
+    let result = (1.0 + power) * f64::from_bits(shifted.to_bits().wrapping_add(1023) << 52);
+    if x < -200.0 { 0.0 } else { result }
 }
 
 /// Base-2 logarithm of a number that came from f32.
@@ -124,9 +125,10 @@ pub fn perturbed(
         return nearest;
     }
     let target = exact + error * ((random >> 11) as f64 / (1u64 << 52) as f64 - 1.0);
-    // Towards the exact value, which may be passed only where the format has nothing between.
+    // Towards the exact value, which may be passed only where the format has nothing between. Never past zero.
     let moved = to_format(target, if target > exact { Round::Down } else { Round::Up });
-    if (moved - exact).abs() <= error { moved } else { nearest }
+    let allowed = (moved - exact).abs() <= error && moved.signum() == exact.signum();
+    if allowed { moved } else { nearest }
 }
 
 /// A hash of what identifies an evaluation.

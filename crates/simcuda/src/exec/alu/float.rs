@@ -100,8 +100,8 @@ const SIGNS: &[Entry] = forms! { common:
 
 const OTHERS: &[Entry] = forms! { rare:
     "tanh.approx.f32" => (a: F32; env) -> F32 {
-        // Subnormals pass through.
-        let bound = if a.is_subnormal() { Bound::Ulp(0.0) } else { Bound::Relative(pow2(11)) };
+        // Subnormals pass through, and infinity gives 1.
+        let bound = if a.is_subnormal() | a.is_infinite() { Bound::Ulp(0.0) } else { Bound::Relative(pow2(11)) };
         env.approximate(10, [a, 0.0], f64::from(a).tanh(), bound)
     }
     "abs.ftz.f32" => (a: Ftz) -> F32 { a.abs() }

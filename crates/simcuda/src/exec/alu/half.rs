@@ -122,14 +122,14 @@ impl Env {
 
     #[inline(always)]
     fn tanh_f16(self, a: f32) -> f32 {
-        // 2^-10.987; subnormals pass through.
-        let error = if a.abs() < 6.103_515_6e-5 { 0.0 } else { 4.927e-4 };
+        // 2^-10.987; subnormals pass through, and infinity gives 1.
+        let error = if (a.abs() < 6.103_515_6e-5) | a.is_infinite() { 0.0 } else { 4.927e-4 };
         self.approximate_half(13, a, f64::from(a).tanh(), error, f16)
     }
 
     #[inline(always)]
     fn tanh_bf16(self, a: f32) -> f32 {
-        let error = if a.is_subnormal() { 0.0 } else { pow2(8) };
+        let error = if a.is_subnormal() | a.is_infinite() { 0.0 } else { pow2(8) };
         self.approximate_half(14, a, f64::from(a).tanh(), error, bf16)
     }
 
