@@ -75,12 +75,12 @@ mutants! {
         softmax: "sums written while maxima are read", [2..3, 4] "bar.sync 0;" => ""; RACE;
     }
     top_k, top_k::top_k {
-        top_k_level: "no barrier after the histogram is zeroed", [0..1, 18] "bar.sync 0;" => ""; UNINITIALISED, RACE;
-        top_k_level: "no barrier before the histogram is added up", [1..2, 18] "bar.sync 0;" => ""; RACE, Reference;
+        top_k_level: "no barrier after the histogram is zeroed", [0..1, 20] "bar.sync 0;" => ""; UNINITIALISED, RACE;
+        top_k_level: "no barrier before the histogram is added up", [1..2, 20] "bar.sync 0;" => ""; RACE, Reference;
         top_k_level: "counting without atomics",
             [0..96, 96] "atom.shared.add.u32 $1, [$2], 1;" => PLAIN_SHARED; RACE;
         top_k_level: "a histogram flushed without atomics",
-            [1..3, 4] "atom.global.add.u32 $1, [$2], $3;" => PLAIN_GLOBAL; RACE;
+            [1..3, 5] "atom.global.add.u32 $1, [$2], $3;" => PLAIN_GLOBAL; RACE;
         top_k_level: "no fence before the arrival", [0..1, 4] "membar.gl;" => ""; RACE;
         top_k_emit: "no barrier before the positions leave", [3..4, 4] "bar.sync 0;" => ""; UNINITIALISED, RACE;
         top_k_emit: "plain stores of the tiles' states", [0..2, 2] "st.relaxed.gpu" => "st"; RACE;
