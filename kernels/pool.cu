@@ -37,11 +37,12 @@ __device__ inline void pool_rows(const float* __restrict__ in, float* __restrict
     if (first >= length) return;
     const float* from = in + row * stride;
 
-    u32 own = threadIdx.x * 4;
-    if (first + own + 4 <= length) {
+    if (first + TILE <= length) {
+        u32 own = threadIdx.x * 4;
         *reinterpret_cast<float4*>(tile + HALO + own) = *reinterpret_cast<const float4*>(from + first + own);
     } else {
-        for (u32 i = own; i < own + 4; ++i) tile[HALO + i] = first + i < length ? from[first + i] : Kind::outside();
+        for (u32 i = threadIdx.x; i < TILE; i += blockDim.x)
+            tile[HALO + i] = first + i < length ? from[first + i] : Kind::outside();
     }
     if (threadIdx.x < 2 * radius) {
         // Left of the tile, then right of it; unsigned, so that what lies before the row is past its end.

@@ -44,10 +44,13 @@ struct Tally {
     u32 nans;
     u32 unused[2];
 };
+// `steps[level][b]` is by how much total(b) exceeds total(b + 1), and `least` total of no bin at all: a segment adds to
+// the few bins where it has keys.
 struct ContestTally {
-    u32 totals[3][BINS];
+    u32 steps[3][BINS];
+    u32 least[3];
     u32 prefix, arrivals;
-    u32 unused[2];
+    u32 unused[3];
 };
 // The answer for a segment: all keys above the threshold and the first `ties` equal to it, `count` in all. And how many
 // of its unprotected scores are NaN.
@@ -107,8 +110,8 @@ __device__ inline u32 block_scan(u32 x, u32& total, u32* scratch) {
     return before + sum - x;
 }
 
-// sums[i] = counts at and above bin 8 * thread + i.
-__device__ inline void suffix_sums(u32 (&sums)[9], const u32* counts, u32* scratch) {
+// sums[i] = counts at and above bin 8 * thread + i; returns the sum of all.
+__device__ inline u32 suffix_sums(u32 (&sums)[9], const u32* counts, u32* scratch) {
     const uint4* eight = reinterpret_cast<const uint4*>(counts) + 2 * threadIdx.x;
     uint4 a = eight[0], b = eight[1];
     u32 own = a.x + a.y + a.z + a.w + b.x + b.y + b.z + b.w, total;
@@ -116,6 +119,7 @@ __device__ inline void suffix_sums(u32 (&sums)[9], const u32* counts, u32* scrat
     sums[8] = total - before - own;
     sums[7] = sums[8] + b.w, sums[6] = sums[7] + b.z, sums[5] = sums[6] + b.y, sums[4] = sums[5] + b.x;
     sums[3] = sums[4] + a.w, sums[2] = sums[3] + a.z, sums[1] = sums[2] + a.y, sums[0] = sums[1] + a.x;
+    return total;
 }
 
 // What the contest's cut leaves each of its segments; ties are granted in the order of the segments.
@@ -224,15 +228,20 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     eight[1] = make_uint4(sums[4], sums[5], sums[6], sums[7]);
     __syncthreads();
     for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) {
-        tally.counts[level][0][bin] = counts[0][bin];
-        atomicAdd(&contest_tally.totals[level][bin], max(floor, above + counts[0][bin]));
+        u32 here = counts[0][bin], next = bin + 1 < BINS ? counts[0][bin + 1] : 0;
+        tally.counts[level][0][bin] = here;
+        u32 step = max(floor, above + here) - max(floor, above + next);
+        if (step > 0) atomicAdd(&contest_tally.steps[level][bin], step);
     }
+    if (threadIdx.x == 0) atomicAdd(&contest_tally.least[level], max(floor, above));
 
     if (!last_to_arrive(&contest_tally.arrivals, contest.end - contest.first)) return;
-    const u32* totals = contest_tally.totals[level];
-    u32 budget = min(contest.budget, totals[0]);
-    for (u32 bin = threadIdx.x; bin < bins; bin += THREADS) {
-        if (totals[bin] >= budget && (bin + 1 == bins || totals[bin + 1] < budget)) picked = prefix | bin << shift;
+    u32 least = contest_tally.least[level];
+    u32 budget = min(contest.budget, least + suffix_sums(sums, contest_tally.steps[level], scratch));
+    for (u32 i = 0; i < 8; ++i) {
+        u32 bin = 8 * threadIdx.x + i;
+        if (bin < bins && least + sums[i] >= budget && (bin + 1 == bins || least + sums[i + 1] < budget))
+            picked = prefix | bin << shift;
     }
     __syncthreads();
     if (threadIdx.x == 0) contest_tally.prefix = picked;

@@ -49,10 +49,11 @@ struct Tally {
 }
 #[repr(C)]
 struct ContestTally {
-    totals: [u32; 3 * 2048],
+    steps: [u32; 3 * 2048],
+    least: [u32; 3],
     prefix: u32,
     arrivals: u32,
-    unused: [u32; 2],
+    unused: [u32; 3],
 }
 // SAFETY: plain old data, laid out as kernels/top_k.cu has it.
 unsafe impl DeviceRepr for SegmentArgument {}

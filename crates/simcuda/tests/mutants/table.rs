@@ -41,9 +41,9 @@ const PART_OF_A_WARP: &str = "{ .reg .pred %few; .reg .b32 %thread; mov.u32 %thr
 /// A vote of seven lanes that names all.
 const SEVEN_LANES: &str = "{ .reg .pred %few; .reg .b32 %lane; mov.u32 %lane, %laneid; setp.lt.u32 %few, %lane, 7; \
     mov.u32 $1, 0; @%few vote.sync.ballot.b32 $1, $2, $3; }";
-/// `tid` with its low four bits above the others: neighbouring lanes work on different rows.
-const COLUMN_MAJOR: &str = "mov.u32 $1, %tid.x; { .reg .b32 %low, %high; and.b32 %low, $1, 15; shl.b32 %low, %low, 4; \
-    shr.u32 %high, $1, 4; or.b32 $1, %low, %high; }";
+/// `tid` with its low four bits on top and bit 4 at bit 3: of sixteen rows of sixteen units, a warp takes u and u + 8.
+const HALF_SECTORS: &str = "mov.u32 $1, %tid.x; { .reg .b32 %row, %half; and.b32 %row, $1, 15; shl.b32 %row, %row, 4; \
+    shr.u32 %half, $1, 1; and.b32 %half, %half, 8; shr.u32 $1, $1, 5; or.b32 $1, $1, %half; or.b32 $1, $1, %row; }";
 const PLAIN_SHARED: &str = "{ .reg .b32 %sum; ld.shared.u32 %sum, [$2]; add.s32 %sum, %sum, 1; st.shared.u32 [$2], %sum; }";
 const PLAIN_GLOBAL: &str = "{ .reg .b32 %sum; ld.global.u32 %sum, [$2]; add.s32 %sum, %sum, $3; st.global.u32 [$2], %sum; }";
 
@@ -75,12 +75,12 @@ mutants! {
         softmax: "sums written while maxima are read", [2..3, 4] "bar.sync 0;" => ""; RACE;
     }
     top_k, top_k::top_k {
-        top_k_level: "no barrier after the histogram is zeroed", [0..1, 18] "bar.sync 0;" => ""; UNINITIALISED, RACE;
-        top_k_level: "no barrier before the histogram is added up", [1..2, 18] "bar.sync 0;" => ""; RACE, Reference;
+        top_k_level: "no barrier after the histogram is zeroed", [0..1, 20] "bar.sync 0;" => ""; UNINITIALISED, RACE;
+        top_k_level: "no barrier before the histogram is added up", [1..2, 20] "bar.sync 0;" => ""; RACE, Reference;
         top_k_level: "counting without atomics",
             [0..96, 96] "atom.shared.add.u32 $1, [$2], 1;" => PLAIN_SHARED; RACE;
         top_k_level: "a histogram flushed without atomics",
-            [1..3, 4] "atom.global.add.u32 $1, [$2], $3;" => PLAIN_GLOBAL; RACE;
+            [1..3, 5] "atom.global.add.u32 $1, [$2], $3;" => PLAIN_GLOBAL; RACE;
         top_k_level: "no fence before the arrival", [0..1, 4] "membar.gl;" => ""; RACE;
         top_k_emit: "no barrier before the positions leave", [3..4, 4] "bar.sync 0;" => ""; UNINITIALISED, RACE;
         top_k_emit: "plain stores of the tiles' states", [0..2, 2] "st.relaxed.gpu" => "st"; RACE;
@@ -112,7 +112,7 @@ mutants! {
             [0..1, 1] "atom.global.add.u32 $1, [$2], 1;" => "mov.u32 $1, %ctaid.x;"; By(Deadlock);
     }
     gather, copy::gather_256_bytes {
-        gather: "neighbouring lanes in different rows", [0..1, 1] "mov.u32 $1, %tid.x;" => COLUMN_MAJOR; Counter;
+        gather: "half a sector a lane", [0..1, 1] "mov.u32 $1, %tid.x;" => HALF_SECTORS; Counter;
     }
     append, copy::append {
         append: "a length that changes while it is read", [0..1, 1] "bar.sync 0;" => ""; RACE;
@@ -129,9 +129,8 @@ mutants! {
         window_attention_scores_bf16: "halves of a key swapped",
             [0..1, 128] "}, {$1, $2}, {" => "}, {$2, $1}, {"; Reference;
         window_attention_scores_bf16: "no swizzle",
-            [0..11, 20] "xor.b32 $1, $2, $3;" => "mov.b32 $1, $2;",
-            [0..8, 9] "xor.b32 $1, $2, $3;" => "mov.b32 $1, $3;",
-            [0..1, 1] "xor.b32 $1, $2, $3;" => "mov.b32 $1, $2;"; Counter;
+            [1..9, 20] "xor.b32 $1, $2, $3;" => "mov.b32 $1, $2;",
+            [0..12, 12] "xor.b32 $1, $2, $3;" => "mov.b32 $1, $3;"; Counter;
         window_attention_lse_bf16: "arrival before all have written", [4..5, 6] "bar.sync 0;" => ""; RACE;
         window_attention_lse_bf16: "a row's statistics not written",
             [0..1, 4] "st.global.v2.u32 [$1], {$2, $3};" => ""; UNINITIALISED;
