@@ -138,10 +138,7 @@ impl Warp {
                 grid.meter.shared(false, r.mask, r.addresses, r.width);
                 around.shared.load(r, &mut grid.clocks, checks, data)
             }
-            Space::Local => {
-                let at = self.local_addresses(grid, r)?;
-                self.local.load(&Request { addresses: &at, ..*r }, &mut grid.clocks, checks, data)
-            }
+            Space::Local => self.local.load(r, &mut grid.clocks, checks, data),
             Space::Param => params(grid, r, data),
             _ => {
                 grid.memory.load(r, &mut grid.clocks, checks, data)?;
@@ -166,10 +163,7 @@ impl Warp {
                 grid.meter.shared(true, r.mask, r.addresses, r.width);
                 Ok(())
             }
-            Space::Local => {
-                let at = self.local_addresses(grid, r)?;
-                self.local.store(&Request { addresses: &at, ..*r }, &mut grid.clocks, checks, data)
-            }
+            Space::Local => self.local.store(r, &mut grid.clocks, checks, data),
             Space::Const | Space::Param => {
                 let lane = Some(r.mask.trailing_zeros());
                 Err(Fault::new(Class::ReadOnly, lane, "a store to parameter memory".to_owned()))
@@ -180,22 +174,6 @@ impl Warp {
                 Ok(())
             }
         }
-    }
-
-    /// Each lane has its own part of the warp's local memory.
-    fn local_addresses(&self, grid: &Grid<'_>, r: &Request<'_>) -> Result<[u64; 32], Fault> {
-        let bytes = u64::from(grid.code.local_bytes);
-        let mut at = [0; 32];
-        for lane in (0..32).filter(|l| r.mask >> l & 1 == 1) {
-            let offset = r.addresses[lane];
-            if offset.checked_add(u64::from(r.width)).is_none_or(|end| end > bytes) {
-                let message =
-                    format!("{} bytes at {offset} of {bytes} bytes of local memory", r.width);
-                return Err(Fault::new(Class::OutOfBounds, Some(lane as u32), message));
-            }
-            at[lane] = lane as u64 * bytes + offset;
-        }
-        Ok(at)
     }
 
     /// Bytes to registers, extended to their width.

@@ -72,15 +72,11 @@ impl Warp {
                 }
                 grid.meter.cp_async(active, reads, &from, &to, width);
                 let r = request(self, active, &to, width, WEAK, pc);
-                around.shared.begin_async(&r, &mut grid.clocks, grid.policy.checks)?;
+                let checks = grid.policy.checks;
                 if grid.policy.cp_async == CpAsync::Early {
-                    return around.shared.finish_async(
-                        &r,
-                        &mut grid.clocks,
-                        grid.policy.checks,
-                        &data,
-                    );
+                    return around.shared.finish_async(&r, &mut grid.clocks, checks, &data);
                 }
+                around.shared.begin_async(&r, &mut grid.clocks, checks)?;
                 let group = self.copies.committed;
                 self.copies.pending.push(Copy {
                     mask: active,
@@ -203,8 +199,16 @@ impl Warp {
                 }
             }
             Op::Mma { kind, d, a, b, c } => {
-                for &slot in a.iter().chain(&b).chain(&c) {
-                    self.expect_defined(slot, Width::Narrow, go, "a fragment")?;
+                let mut defined = u32::MAX;
+                for slots in [&a[..], &b, &c] {
+                    for &slot in slots {
+                        defined &= self.defined[slot as usize];
+                    }
+                }
+                if defined != u32::MAX {
+                    let lane = Some((!defined).trailing_zeros());
+                    let message = "a fragment was never written".to_owned();
+                    return Err(Fault::new(Class::Uninitialised, lane, message));
                 }
                 let row = |slot: u32| &self.registers.rows[slot as usize].0;
                 let result =

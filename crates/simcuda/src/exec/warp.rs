@@ -106,7 +106,7 @@ impl Warp {
             splits: Vec::new(),
             born: 0,
             live: 0,
-            local: Region::local(code.local_bytes * 32),
+            local: Region::local(code.local_bytes),
             copies: Copies::default(),
             arrival: None,
             waiting: None,

@@ -310,12 +310,16 @@ fn alike(cells: &[Cell]) -> usize {
     let pattern: [u32; 12] = std::array::from_fn(|i| cells[0][i % 3]);
     let differ = |of: &[Cell]| {
         let (fours, rest) = of.as_flattened().as_chunks::<12>();
-        let or = |all: [u32; 12], four: &[u32; 12]| {
-            std::array::from_fn(|i| all[i] | (four[i] ^ pattern[i]))
-        };
-        let all = fours.iter().fold([0; 12], or);
-        let rest = rest.iter().zip(&pattern).map(|(slot, first)| slot ^ first);
-        all.into_iter().chain(rest).fold(0, |all, bits| all | bits) > LANE
+        let mut all = [0; 12];
+        for four in fours {
+            for i in 0..12 {
+                all[i] |= four[i] ^ pattern[i];
+            }
+        }
+        for (i, slot) in rest.iter().enumerate() {
+            all[i] |= slot ^ pattern[i];
+        }
+        all.into_iter().fold(0, |all, bits| all | bits) > LANE
     };
     if !differ(cells) {
         return cells.len();

@@ -144,10 +144,18 @@ impl Region {
         from: &Lanes,
     ) -> Result<(), Fault> {
         self.each(r, false, clocks, check, |region, run, clocks, check| {
-            if let Some(pending) = &mut region.pending {
-                pending.clear(run.at, run.bytes());
+            match &mut region.pending {
+                Some(pending) if pending.first_set(run.at, run.bytes()).is_some() => {
+                    pending.clear(run.at, run.bytes());
+                }
+                // Never issued: the copy happens now.
+                _ => return region.store_run(run, r, clocks, check, from),
             }
-            region.store_run(run, r, clocks, check, from)
+            if check.race {
+                region.settle(run, r, clocks);
+            }
+            region.put(&run, from);
+            Ok(())
         })
     }
 
@@ -260,6 +268,12 @@ impl Region {
         if check.race {
             self.write_race(run, r, clocks, from)?;
         }
+        self.put(&run, from);
+        Ok(())
+    }
+
+    /// The bytes, unchecked.
+    fn put(&mut self, run: &Run, from: &Lanes) {
         self.init.set(run.at, run.bytes());
         let to = &mut self.data[run.at as usize..(run.at + run.bytes()) as usize];
         let from = &from[run.lane as usize..(run.lane + run.lanes) as usize];
@@ -270,7 +284,6 @@ impl Region {
             8 => pack::<8>(from, to),
             _ => pack::<16>(from, to),
         }
-        Ok(())
     }
 
     pub(super) fn atomic_run(

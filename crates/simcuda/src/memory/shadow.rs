@@ -64,6 +64,22 @@ impl Shadow {
         self.touch(run.at, run.bytes(), (mine, run.lane, run.width), who)
     }
 
+    /// Enters a warp's write without a check. Its cells exist, from when it was announced.
+    pub(super) fn settle(&mut self, run: Run, who: &Who<'_>) {
+        let mine = self.note(who);
+        for lane in 0..run.lanes {
+            let at = run.at + u64::from(lane * run.width);
+            if let Page::Cells { shift, cells } = &mut self.pages[(at / PAGE) as usize] {
+                let first = ((at % PAGE) >> *shift) as usize;
+                cells[first..first + (run.width >> *shift) as usize].fill([
+                    mine | (run.lane + lane),
+                    0,
+                    0,
+                ]);
+            }
+        }
+    }
+
     /// The same for a copy or fill of any length.
     pub(super) fn host_access(
         &mut self,

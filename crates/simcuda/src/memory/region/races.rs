@@ -40,6 +40,14 @@ impl Region {
         self.shadow.access(run, &who)
     }
 
+    /// A write of bytes that nobody could touch since it was announced: it is theirs now, at the present clock.
+    pub(super) fn settle(&mut self, run: Run, r: &Request<'_>, clocks: &Clocks) {
+        let Request { warp, inst, order, non_coherent, .. } = *r;
+        let view = clocks.view();
+        let who = Who { op: clocks.op(), view, warp, inst, write: true, order, non_coherent };
+        self.shadow.settle(run, &who);
+    }
+
     pub(super) fn race(
         &mut self,
         run: Run,
