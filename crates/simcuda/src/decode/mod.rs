@@ -116,3 +116,6 @@ fn dynamic_start(shared: &Shared) -> u32 {
 }
 
 pub use body::decode;
+
+#[cfg(test)]
+mod tests;

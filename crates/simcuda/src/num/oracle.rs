@@ -180,7 +180,7 @@ pub fn samples_f32(count: usize) -> Vec<f32> {
         0x4f00_0000,
     ];
     let mut random = Random(7);
-    let near = |r: u32| 0x3e00_0000 + r % 0x0300_0000 | r & 0x8000_0000;
+    let near = |r: u32| (0x3e00_0000 + r % 0x0300_0000) | r & 0x8000_0000;
     (0..count)
         .map(|i| match (EDGES.get(i), i % 3) {
             (Some(edge), _) => *edge,

@@ -137,27 +137,3 @@ fn levels_masks_and_aliases() {
         }
     }
 }
-
-#[test]
-fn registers_accepted() {
-    use Ty::*;
-    for (operand, yes, no) in [
-        (U32, [U32, S32, B32], [F32, U64, Pred]),
-        (F32, [F32, B32, B32], [U32, F64, F16]),
-        (B32, [U32, F32, F16x2], [U16, B64, Pred]),
-        (F16, [F16, B16, U16], [F32, B32, Pred]),
-        (BF16x2, [B32, BF16x2, U32], [U16, B64, Pred]),
-        (S64, [U64, B64, S64], [F64, S32, Pred]),
-        (Pred, [Pred, Pred, Pred], [B16, U32, F32]),
-    ] {
-        assert!(yes.iter().all(|register| operand.accepts(*register)), "{operand:?}");
-        assert!(!no.iter().any(|register| operand.accepts(*register)), "{operand:?}");
-    }
-    assert!(
-        S8.accepts_wider(B16)
-            && S8.accepts_wider(S32)
-            && U16.accepts_wider(U64)
-            && !U16.accepts_wider(F32)
-    );
-    assert!(!U8.accepts(U16) && !U64.accepts_wider(U32) && F32.is_float() && !B32.is_float());
-}
