@@ -1,5 +1,6 @@
-//! Arithmetic of f16, bf16 and their pairs, on f32 values. What is exact in f32, or has there the 2p + 2 bits that make a
-//! second rounding harmless, is rounded by the destination; the rest is rounded to odd first.
+//! Arithmetic of f16, bf16 and their pairs, on f32 values. f32 has the 2p + 2 bits that make a second rounding harmless
+//! after a sum, and holds a product exactly or, where it underflows, all that decides its rounding to bf16. Only the fused
+//! operation needs more.
 
 use super::float::{max, max_magnitude, min, min_magnitude, or_nan};
 use super::lanes::*;
@@ -25,11 +26,11 @@ macro_rules! both {
 }
 
 macro_rules! arithmetic {
-    ($F:ident $x1:literal, $P:ident $x2:literal, $product:ident, $fused:ident) => {
+    ($F:ident $x1:literal, $P:ident $x2:literal, $fused:ident) => {
         both! { $F $x1, $P $x2:
             "add", "add.rn" => |a, b| a + b;
             "sub", "sub.rn" => |a, b| a - b;
-            "mul", "mul.rn" => |a, b| $product(a, b);
+            "mul", "mul.rn" => |a, b| a * b;
             "fma.rn" => |a, b, c| $fused(a, b, c);
             "fma.rn.relu" => |a, b, c| relu($fused(a, b, c));
             "min" => |a, b| min(a, b);
@@ -47,7 +48,7 @@ macro_rules! arithmetic {
 const SATURATING: &[Entry] = both! { F16 ".f16", F16x2 ".f16x2":
     "add.sat", "add.rn.sat" => |a, b| saturate(a + b);
     "sub.sat", "sub.rn.sat" => |a, b| saturate(a - b);
-    "mul.sat", "mul.rn.sat" => |a, b| saturate(product_f16(a, b));
+    "mul.sat", "mul.rn.sat" => |a, b| saturate(a * b);
     "fma.rn.sat" => |a, b, c| saturate(fused_f16(a, b, c));
 };
 
@@ -74,24 +75,12 @@ const APPROXIMATE: &[Entry] = forms! { rare:
 };
 
 pub static TABLES: &[&[Entry]] = &[
-    arithmetic!(F16 ".f16", F16x2 ".f16x2", product_f16, fused_f16),
-    arithmetic!(BF16 ".bf16", BF16x2 ".bf16x2", product_bf16, fused_bf16),
+    arithmetic!(F16 ".f16", F16x2 ".f16x2", fused_f16),
+    arithmetic!(BF16 ".bf16", BF16x2 ".bf16x2", fused_bf16),
     SATURATING,
     SIGNS,
     APPROXIMATE,
 ];
-
-/// Exact: 22 bits.
-#[inline(always)]
-fn product_f16(a: f32, b: f32) -> f32 {
-    a * b
-}
-
-/// Exact in f64 but for underflow in f32.
-#[inline(always)]
-fn product_bf16(a: f32, b: f32) -> f32 {
-    to_f32_odd(f64::from(a) * f64::from(b))
-}
 
 /// f64 loses bits of this sum only where they are too small by far to be more than a hint of inexactness in f16.
 #[inline(always)]

@@ -218,6 +218,21 @@ fn fused_where_it_matters() {
     }
 }
 
+/// A product half-way between two f16, and the smallest thing that decides; f32 would lose it.
+#[test]
+fn the_least_addend_decides() {
+    let (a, b) = (0x3e00, 0x3956); // 3 / 2 * 683 / 1024 = 1 + 2^-11
+    assert_eq!(
+        [0x0001, 0x0000, 0x8001].map(|c| one("fma.rn.f16", [a, b, c])),
+        [0x3c01, 0x3c00, 0x3c00]
+    );
+    let (a, b) = (0x40e0, 0x3e14); // 7 * 37 / 256 = 1 + 3 * 2^-8
+    assert_eq!(
+        [0x0001, 0x0000, 0x8001].map(|c| one("fma.rn.bf16", [a, b, c])),
+        [0x3f82, 0x3f82, 0x3f81]
+    );
+}
+
 #[test]
 fn nan_zero_and_saturation() {
     let f = |x: f32| u64::from(x.to_bits());
