@@ -73,7 +73,7 @@ pub fn model(form: &str, src: &[u64]) -> Option<u64> {
         }
         "min" => a.min(b) as u64,
         "max" => a.max(b) as u64,
-        "abs" => a.abs() as u64,
+        "abs" => a.unsigned_abs() as u64,
         "neg" => -a as u64,
         "sad" => (c + (a - b).abs()) as u64,
         "and" => x & y,

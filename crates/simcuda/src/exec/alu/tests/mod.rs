@@ -97,7 +97,7 @@ fn sample(ty: Ty, random: &mut Random) -> u64 {
         0x4f00_0000,
         0x4b00_0001,
     ];
-    let (edge, r) = (random.next() % 3 == 0, random.next());
+    let (edge, r) = (random.next().is_multiple_of(3), random.next());
     let pick = |from: &[u64]| from[r as usize % from.len()];
     match (ty, edge) {
         (Ty::Pred, _) => r & 1,
