@@ -5,7 +5,7 @@
 // A segment without room is left as it was, and `refused` counts it: nothing is written past a capacity. A row is
 // `units` times 16 bytes, at most 256. Launch: grid (segments), 256 threads. One block a segment, so that the length
 // has one reader and writer.
-// gates: append LDG.E.128>=2 STG.E.128>=2 !U16
+// gates: append LDG.E.128==2 STG.E.128==2 !U16 registers<=32
 #include "device.cuh"
 
 struct Segment {

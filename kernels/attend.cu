@@ -10,9 +10,9 @@
 // A warp takes 16 keys of each tile of 64 and shares nothing with the others until the end: its ring is its own, so the
 // loop has no block barrier. Queries are padded to the 16 rows of an mma. Splits are of fixed size and merged in order:
 // the result depends on `chunk`, not on the schedule. Source: Flash-Decoding (FlashAttention's split-KV kernels).
-// gates: attend_bf16 HMMA.16816.F32.BF16>=32 LDSM.16.M88.4>=16 LDSM.16.MT88.4>=8 LDGSTS.E.BYPASS.128
+// gates: attend_bf16 HMMA.16816.F32.BF16==32 LDSM.16.M88.4==16 LDSM.16.MT88.4==8 LDGSTS.E.BYPASS.128 registers<=168
 // gates: attend_combine_* LDG.E.64 STG.E
-// gates: attend_f16 HMMA.16816.F32>=32 LDSM.16.M88.4>=16 LDSM.16.MT88.4>=8 LDGSTS.E.BYPASS.128
+// gates: attend_f16 HMMA.16816.F32==32 LDSM.16.M88.4==16 LDSM.16.MT88.4==8 LDGSTS.E.BYPASS.128 registers<=168
 #include "device.cuh"
 
 struct Segment {

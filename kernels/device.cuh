@@ -43,14 +43,18 @@ template <class Op> __device__ inline float block_reduce(float x, float* scratch
 }
 
 // True in the block that arrives last of `expected`; what the others wrote before is then visible to all its threads.
-// Nobody waits, so no block needs to be resident for another. The counter wraps to zero, ready for the next launch.
+// Nobody waits, so no block needs to be resident for another. The counter wraps to zero, ready for the next launch. One
+// thread releases and acquires for its block: the barriers order the others before and after it.
 __device__ inline bool last_to_arrive(u32* counter, u32 expected) {
     __shared__ bool last;
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        last = atomicInc(counter, expected - 1) == expected - 1;
-        __threadfence();
+        u32 before;
+        asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                     : "=r"(before)
+                     : "l"(counter), "r"(expected - 1)
+                     : "memory");
+        last = before == expected - 1;
     }
     __syncthreads();
     return last;

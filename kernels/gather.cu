@@ -10,7 +10,7 @@
 // In place: row i is overwritten by row kept[i] >= i, so what tile t overwrites was needed by tiles up to t only. Hence
 // the one rule: a tile writes after all tiles before it have read. Source: TensorRT-LLM's sparse KV cache compaction
 // states the same contract; look-back after Merrill and Garland (NVR-2016-002).
-// gates: gather* LDG.E.128>=8 STG.E.128>=8 !U16
+// gates: gather* LDG.E.128==8 STG.E.128==8 !U16 registers<=64
 // gates: gather_in_place !LDG.E.128.CONSTANT
 #include "device.cuh"
 

@@ -6,7 +6,7 @@
 // the chunks: the result depends on `chunks`, not on the schedule. `partials` f32 [rows][chunks]; `arrivals` u32
 // [rows], zero before the first launch and after each. Rows start at multiples of 16 bytes (stride % 4 == 0).
 // Source: the last-block pattern of the CUDA programming guide (threadFenceReduction).
-// gates: reduce_* LDG.E.128
+// gates: reduce_* LDG.E.128 ATOMG==1 registers<=32
 #include "device.cuh"
 
 template <class Op>

@@ -16,8 +16,8 @@
 // whose total reaches the budget. Each segment descends beside it for its own floor. Counts only, so that ties cost
 // nothing and no order of blocks is visible. Source: the CPU backend's top_k.rs; look-back as in Merrill and Garland,
 // Single-pass parallel prefix scan with decoupled look-back (NVR-2016-002).
-// gates: top_k_level LDG.E.128 ATOMS.POPC.INC !ATOMS.CAS
-// gates: top_k_emit LDG.E.128 VOTE REDUX
+// gates: top_k_level LDG.E.128.CONSTANT>=4 ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=48
+// gates: top_k_emit LDG.E.128.CONSTANT==4 VOTE>=32 REDUX ATOMG==1 !ATOMS !MEMBAR registers<=80
 #include "device.cuh"
 
 constexpr u32 THREADS = 256, BINS = 2048, PROTECTED = 0xffffffff;
@@ -161,7 +161,8 @@ __device__ inline void cut_segments(const Contest& contest, const Segment* segme
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// Five blocks a multiprocessor: enough loads in flight.
+extern "C" __global__ void __launch_bounds__(THREADS, 5)
     top_k_level(const float* scores, const Segment* segments, const Range* ranges, const Contest* contests,
                 Tally* tallies, ContestTally* contest_tallies, Cut* cuts, i32 level) {
     __shared__ __align__(16) u32 counts[2][BINS];

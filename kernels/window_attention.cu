@@ -13,9 +13,9 @@
 // A warp holds 32 query rows in registers; tiles of 64 keys stream through a ring of two in shared memory, swizzled, and
 // are read by all warps. Chunks are merged in their order by the block that ends last, warps in theirs: the result
 // depends on `chunk`, not on the schedule. Source: FlashAttention-2 (arXiv 2307.08691) for the skeleton.
-// gates: window_attention_* HMMA.16816.F32>=128 LDSM.16.M88.4>=32 LDGSTS.E.BYPASS.128 !LDG.E.U16
+// gates: window_attention_* HMMA.16816.F32==128 LDSM.16.M88.4==48 LDGSTS.E.BYPASS.128 !U16 registers<=215
 // gates: window_attention_lse_* MUFU.EX2
-// gates: window_attention_sum_* MUFU.EX2>=64
+// gates: window_attention_sum_* MUFU.EX2==64
 #include "device.cuh"
 
 struct Segment {
@@ -95,10 +95,11 @@ template <class T, Mode MODE> __device__ inline void window_attention(const Argu
 
     const u16* keys = arg.keys + segment.keys;
     auto fetch = [&](u32 tile) {
-        for (u32 i = threadIdx.x; i < KEYS * CHUNKS; i += blockDim.x) {
-            u32 row = i / CHUNKS, chunk = i % CHUNKS, key = first + tile * KEYS + row;
-            copy_async(chunk_at(ring[tile % 2], row, chunk), keys + key * arg.row_stride + chunk * 8, key < end);
-        }
+        u32 chunk = threadIdx.x % CHUNKS, key0 = first + tile * KEYS;
+#pragma unroll 4
+        for (u32 row = threadIdx.x / CHUNKS; row < KEYS; row += blockDim.x / CHUNKS)
+            copy_async(chunk_at(ring[tile % 2], row, chunk), keys + (key0 + row) * arg.row_stride + chunk * 8,
+                       key0 + row < end);
     };
     u32 tiles = (end - first + KEYS - 1) / KEYS;
     fetch(0);
@@ -135,16 +136,22 @@ template <class T, Mode MODE> __device__ inline void window_attention(const Argu
                 }
 
         if (MODE == SCORES) {
+            bool whole = first + (tile + 1) * KEYS <= end;
 #pragma unroll
             for (u32 r = 0; r < 4; ++r) {
                 u32 row = warp * 32 + r * 8 + lane / 4;
                 float* out = arg.out + ((i64)blockIdx.y * rows + row) * arg.stride;
+                if (row >= rows) continue;
 #pragma unroll
                 for (u32 n = 0; n < 8; ++n) {
-                    u32 key = key0 + n * 8;
                     float x = c[r / 2][n][r % 2 * 2], y = c[r / 2][n][r % 2 * 2 + 1];
-                    if (row < rows && key + 1 < end) *reinterpret_cast<float2*>(out + key) = make_float2(x, y);
-                    else if (row < rows && key < end) out[key] = x;
+                    u32 key = key0 + n * 8;
+                    if (whole) {
+                        *reinterpret_cast<float2*>(out + key) = make_float2(x, y);
+                    } else {
+                        if (key < end) out[key] = x;
+                        if (key + 1 < end) out[key + 1] = y;
+                    }
                 }
             }
         }

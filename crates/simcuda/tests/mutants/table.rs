@@ -59,11 +59,11 @@ mutants! {
     }
     reduce, rows::reduce {
         reduce_sum: "no barrier before the warps' sums are read", [1..2, 6] "bar.sync 0;" => ""; UNINITIALISED, RACE;
-        reduce_sum: "no fence before the arrival", [0..1, 2] "membar.gl;" => ""; RACE;
-        reduce_sum: "no fence after the arrival", [1..2, 2] "membar.gl;" => ""; RACE;
+        reduce_sum: "an arrival that does not release", [0..1, 1] "atom.acq_rel" => "atom.acquire"; RACE;
+        reduce_sum: "an arrival that does not acquire", [0..1, 1] "atom.acq_rel" => "atom.release"; RACE;
         reduce_sum: "no barrier before the last block is known", [3..4, 6] "bar.sync 0;" => ""; UNINITIALISED, RACE;
         reduce_sum: "a counter that does not wrap",
-            [0..1, 1] "atom.global.inc.u32 $1, [$2], $3;" => "atom.global.add.u32 $1, [$2], 1;"; Reference;
+            [0..1, 1] "global.inc.u32 $1, [$2], $3;" => "global.add.u32 $1, [$2], 1;"; Reference;
         reduce_sum: "partial sums read as constants",
             [1..2, 2] "ld.global.f32" => "ld.global.nc.f32"; By(ReadOnly), RACE;
         reduce_max: "a shuffle that names half a warp",
@@ -81,7 +81,7 @@ mutants! {
             [0..96, 96] "atom.shared.add.u32 $1, [$2], 1;" => PLAIN_SHARED; RACE;
         top_k_level: "a histogram flushed without atomics",
             [1..3, 5] "atom.global.add.u32 $1, [$2], $3;" => PLAIN_GLOBAL; RACE;
-        top_k_level: "no fence before the arrival", [0..1, 4] "membar.gl;" => ""; RACE;
+        top_k_level: "an arrival that does not release", [0..1, 2] "atom.acq_rel" => "atom.relaxed"; RACE;
         top_k_emit: "no barrier before the positions leave", [3..4, 4] "bar.sync 0;" => ""; UNINITIALISED, RACE;
         top_k_emit: "plain stores of the tiles' states", [0..2, 2] "st.relaxed.gpu" => "st"; RACE;
         top_k_emit: "plain loads of the tiles' states", [0..1, 1] "ld.relaxed.gpu" => "ld"; RACE;
@@ -124,13 +124,13 @@ mutants! {
         window_attention_scores_bf16: "copies waited for, no barrier", [2..3, 4] "bar.sync 0;" => ""; ASYNC, RACE;
         window_attention_scores_bf16: "a stage refilled while it is read", [3..4, 4] "bar.sync 0;" => ""; ASYNC, RACE;
         window_attention_scores_bf16: "copies from half a unit further",
-            [0..1, 4] "cp.async.cg.shared.global [$1], [$2], 16, $3;" =>
+            [0..1, 13] "cp.async.cg.shared.global [$1], [$2], 16, $3;" =>
                 "cp.async.cg.shared.global [$1], [$2+8], 16, $3;"; By(Misaligned);
         window_attention_scores_bf16: "halves of a key swapped",
             [0..1, 128] "}, {$1, $2}, {" => "}, {$2, $1}, {"; Reference;
         window_attention_scores_bf16: "no swizzle",
-            [1..9, 20] "xor.b32 $1, $2, $3;" => "mov.b32 $1, $2;",
-            [0..12, 12] "xor.b32 $1, $2, $3;" => "mov.b32 $1, $3;"; Counter;
+            [1..9, 29] "xor.b32 $1, $2, $3;" => "mov.b32 $1, $2;",
+            [0..21, 21] "xor.b32 $1, $2, $3;" => "mov.b32 $1, $3;"; Counter;
         window_attention_lse_bf16: "arrival before all have written", [4..5, 6] "bar.sync 0;" => ""; RACE;
         window_attention_lse_bf16: "a row's statistics not written",
             [0..1, 4] "st.global.v2.u32 [$1], {$2, $3};" => ""; UNINITIALISED;
@@ -146,7 +146,7 @@ mutants! {
         attend_bf16: "shared memory misplaced",
             [0..10, 10] "mov.u64 $1, ring;" => "mov.u64 $1, ring; add.s64 $1, $1, 1024;"; By(OutOfBounds);
         attend_bf16: "keys read past the end",
-            [1..7, 7] "selp.b32 $1, 16, 0, $2;" => "mov.b32 $1, 16;"; By(OutOfBounds);
+            [1..7, 7] "selp.b32 $1, 16, 0, $2;" => "mov.b32 $1, 16;"; By(OutOfBounds), UNINITIALISED;
         attend_bf16: "values not transposed", [0..1, 8] ".trans.shared" => ".shared"; Reference;
     }
 }
