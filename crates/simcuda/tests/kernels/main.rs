@@ -8,8 +8,8 @@
 mod attention;
 mod copy;
 mod gpu;
+mod mutants;
 mod patterns;
-#[path = "../reference/mod.rs"]
 mod reference;
 mod rows;
 mod top_k;

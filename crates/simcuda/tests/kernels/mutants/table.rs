@@ -2,8 +2,8 @@
 
 use simcuda::Class::{self, *};
 
-use crate::Caught::{self, By, Counter, Reference};
-use crate::edit::Edit;
+use super::Caught::{self, By, Counter, Reference};
+use super::edit::Edit;
 use crate::gpu::Drive;
 use crate::{attention, copy, rows, top_k};
 
@@ -23,7 +23,7 @@ macro_rules! mutants {
         pub const MUTANTS: &[Mutant] = &[$($(Mutant {
             kernel: stringify!($kernel),
             bug: $bug,
-            ptx: include_str!(concat!("../../../../kernels/ptx/", stringify!($file), ".ptx")),
+            ptx: include_str!(concat!("../../../../../kernels/ptx/", stringify!($file), ".ptx")),
             drive: $drive,
             edits: &[$(Edit { kernel: stringify!($kernel), find: $find, with: $with, which: $which, of: $of }),+],
             expected: &[$($expected),+],
