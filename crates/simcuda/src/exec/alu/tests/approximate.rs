@@ -21,7 +21,7 @@ fn documented(form: &str, a: f64, b: f64) -> Option<(f64, f64)> {
         "sin" | "cos" if a.abs() > 314.0 => return None,
         name @ ("sin" | "cos") => (
             if name == "sin" { a.sin() } else { a.cos() },
-            2f64.powf(if a.abs() <= 6.28 { -20.5 } else { -14.7 }),
+            2f64.powf(if a.abs() <= std::f64::consts::TAU { -20.5 } else { -14.7 }),
         ),
         "tanh" if brain => (a.tanh(), 2f64.powi(-8)),
         "tanh" if half => (a.tanh(), 2f64.powf(-10.987)),

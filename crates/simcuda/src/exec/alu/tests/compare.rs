@@ -82,7 +82,7 @@ pub fn model(form: &str, src: &[u64]) -> Option<u64> {
                 "finite" => x < f64::INFINITY,
                 "infinite" => x == f64::INFINITY,
                 "number" => x >= 0.0,
-                "notanumber" => !(x >= 0.0),
+                "notanumber" => x.is_nan(),
                 "normal" => x == 0.0 || (smallest..f64::INFINITY).contains(&x),
                 _ => x > 0.0 && x < smallest,
             }))

@@ -26,7 +26,7 @@ fn integer(ty: &str, bits: u64) -> i128 {
 
 /// To an integral number, for what is small enough not to be one anyway.
 fn integral(x: f64, parts: &[&str]) -> f64 {
-    if !(x.abs() < 2f64.powi(62)) {
+    if x.is_nan() || x.abs() >= 2f64.powi(62) {
         return x;
     }
     let cut = x as i64;

@@ -36,7 +36,7 @@ pub fn model(form: &str, src: &[u64]) -> Option<u64> {
     let wide = extend(z, signed, (2 * bits).min(64));
     let high = |a: i128, b: i128| {
         // The product of two u64 needs all 128 bits.
-        if signed { a * b >> bits } else { (a as u128 * b as u128 >> bits) as i128 }
+        if signed { (a * b) >> bits } else { ((a as u128 * b as u128) >> bits) as i128 }
     };
     let limits = |v: i128| v.clamp(-(1 << 31), (1 << 31) - 1);
     let msb = i64::from(bits) - 1;
@@ -56,7 +56,7 @@ pub fn model(form: &str, src: &[u64]) -> Option<u64> {
         "mad.wide" => (a * b + wide) as u64,
         "add.sat" => limits(a + b) as u64,
         "sub.sat" => limits(a - b) as u64,
-        "mad.hi.sat" => limits((a * b >> 32) + c) as u64,
+        "mad.hi.sat" => limits(((a * b) >> 32) + c) as u64,
         "div" => {
             if b == 0 {
                 !0
@@ -73,7 +73,7 @@ pub fn model(form: &str, src: &[u64]) -> Option<u64> {
         }
         "min" => a.min(b) as u64,
         "max" => a.max(b) as u64,
-        "abs" => a.abs() as u64,
+        "abs" => a.unsigned_abs() as u64,
         "neg" => -a as u64,
         "sad" => (c + (a - b).abs()) as u64,
         "and" => x & y,
