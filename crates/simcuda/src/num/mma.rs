@@ -79,52 +79,56 @@ fn multiply<const K: usize>(
     b: &[&Row],
     c: [&Row; 4],
 ) -> [Row; 4] {
-    let (mut left, mut right, mut sum) = ([[0.0; K]; 16], [[0.0; 8]; K], [[0.0; 8]; 16]);
+    // Four lanes hold eight consecutive elements, so in the order of lanes and halves a register is a block of eight
+    // by eight: rows of A, columns of B.
+    let (mut left, mut right) = ([[0.0; K]; 16], [[0.0; 8]; K]);
     for (i, register) in a.iter().enumerate() {
-        let [low, high] = elements(kind, register);
-        for lane in 0..32 {
-            let (row, column) = (lane / 4 + i % 2 * 8, lane % 4 * 2 + i / 2 * 8);
-            (left[row][column], left[row][column + 1]) = (low[lane], high[lane]);
+        for (row, eight) in elements(kind, register).chunks_exact(8).enumerate() {
+            left[row + i % 2 * 8][i / 2 * 8..][..8].copy_from_slice(eight);
         }
     }
     for (i, register) in b.iter().enumerate() {
-        let [low, high] = elements(kind, register);
-        for lane in 0..32 {
-            let (row, column) = (lane % 4 * 2 + i * 8, lane / 4);
-            (right[row][column], right[row + 1][column]) = (low[lane], high[lane]);
+        for (column, eight) in elements(kind, register).chunks_exact(8).enumerate() {
+            for (row, value) in eight.iter().enumerate() {
+                right[row + i * 8][column] = *value;
+            }
         }
     }
-    for (i, register) in c.iter().enumerate() {
+    let mut sum = [0.0; 128];
+    for (block, c) in sum.chunks_exact_mut(64).zip(c.chunks_exact(2)) {
         for lane in 0..32 {
-            sum[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = f32::from_bits(register[lane]);
+            (block[2 * lane], block[2 * lane + 1]) =
+                (f32::from_bits(c[0][lane]), f32::from_bits(c[1][lane]));
         }
     }
+    let rows = sum.as_chunks_mut().0;
     match model {
-        MmaModel::Chain => chain(&left, &right, &mut sum),
-        MmaModel::Exact => each(&left, &right, &mut sum, exact),
-        MmaModel::Truncated => each(&left, &right, &mut sum, |a, b, c| truncated(kind, a, b, c)),
+        MmaModel::Chain => chain(&left, &right, rows),
+        MmaModel::Exact => each(&left, &right, rows, exact),
+        MmaModel::Truncated => each(&left, &right, rows, |a, b, c| truncated(kind, a, b, c)),
     }
-    std::array::from_fn(|i| {
-        std::array::from_fn(|lane| {
-            let value = sum[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
-            if value.is_nan() { 0x7fff_ffff } else { value.to_bits() }
-        })
-    })
+    let bits = sum.map(|value| if value.is_nan() { 0x7fff_ffff } else { value.to_bits() });
+    std::array::from_fn(|i| std::array::from_fn(|lane| bits[i / 2 * 64 + lane * 2 + i % 2]))
 }
 
-/// The low and the high halves of a register.
+/// The elements of a register: the low half of a lane, then its high half.
 #[inline(always)]
-fn elements(kind: MmaKind, register: &Row) -> [[f32; 32]; 2] {
-    let half = |h: u32| match kind {
-        MmaKind::F16 => f16_to_f32(h as u16),
-        MmaKind::BF16 => bf16_to_f32(h as u16),
-    };
-    [register.map(half), register.map(|word| half(word >> 16))]
+fn elements(kind: MmaKind, register: &Row) -> [f32; 64] {
+    let (mut halves, mut values) = ([0; 64], [0.0; 64]);
+    for (lane, word) in register.iter().enumerate() {
+        (halves[2 * lane], halves[2 * lane + 1]) = (*word as u16, (*word >> 16) as u16);
+    }
+    let pairs = values.iter_mut().zip(halves);
+    match kind {
+        MmaKind::F16 => pairs.for_each(|(value, half)| *value = f16_to_f32(half)),
+        MmaKind::BF16 => pairs.for_each(|(value, half)| *value = bf16_to_f32(half)),
+    }
+    values
 }
 
 /// Fused multiply-adds in the order of k; four rows at a time, to hide their latency.
 #[inline(always)]
-fn chain<const K: usize>(left: &[[f32; K]; 16], right: &[[f32; 8]; K], sum: &mut [[f32; 8]; 16]) {
+fn chain<const K: usize>(left: &[[f32; K]; 16], right: &[[f32; 8]; K], sum: &mut [[f32; 8]]) {
     for (rows, sums) in left.chunks_exact(4).zip(sum.chunks_exact_mut(4)) {
         let mut totals = [sums[0], sums[1], sums[2], sums[3]];
         for k in 0..K {
@@ -143,7 +147,7 @@ fn chain<const K: usize>(left: &[[f32; K]; 16], right: &[[f32; 8]; K], sum: &mut
 fn each<const K: usize>(
     left: &[[f32; K]; 16],
     right: &[[f32; 8]; K],
-    sum: &mut [[f32; 8]; 16],
+    sum: &mut [[f32; 8]],
     element: impl Fn(&[f32; K], &[f32; K], f32) -> f32,
 ) {
     let columns: [[f32; K]; 8] = std::array::from_fn(|n| right.map(|row| row[n]));
