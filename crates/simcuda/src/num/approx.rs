@@ -184,15 +184,15 @@ mod tests {
         ] {
             let (mut above, mut below, mut far) = (0, 0, 0f64);
             for _ in 0..4000 {
-                let exact = (1.0 + (random.next() >> 12) as f64 * 2f64.powi(-52))
-                    * 2f64.powi((random.next() % 8) as i32 - 4);
+                let exact = (1.0 + (random.draw() >> 12) as f64 * 2f64.powi(-52))
+                    * 2f64.powi((random.draw() % 8) as i32 - 4);
                 let ulp = 2f64.powi(exact.log2().floor() as i32 - 23);
                 let error = match bound {
                     Bound::Ulp(n) => n * ulp,
                     Bound::Relative(e) => e * exact,
                     Bound::Absolute(e) => e,
                 };
-                let seed = random.next();
+                let seed = random.draw();
                 let got = f64::from(perturbed_f32(exact, bound, seed));
                 assert!((got - exact).abs() <= error.max(ulp / 2.0), "{bound:?} {exact:e} {got:e}");
                 assert_eq!(got, f64::from(perturbed_f32(exact, bound, seed)));

@@ -100,7 +100,7 @@ mod tests {
         let mut numbers = samples_f32(3000);
         let mut random = Random(4);
         for _ in 0..3000 {
-            let h = random.next() as u16;
+            let h = random.draw() as u16;
             for exact in [f16_to_f32(h), bf16_to_f32(h)] {
                 for step in [0, 0x1000, 0x8000, 0xfff, 0x1001, 0x7fff, 0x8001] {
                     numbers.push(f32::from_bits(exact.to_bits().wrapping_add(step)));
@@ -136,7 +136,7 @@ mod tests {
     fn wider_numbers_go_through_odd_ones() {
         let mut random = Random(6);
         for i in 0..6000 {
-            let (h, step) = (random.next() as u16, (i % 3) as f64 - 1.0);
+            let (h, step) = (random.draw() as u16, (i % 3) as f64 - 1.0);
             for (value, half_ulp) in [(f16_to_f32(h), 0x1000), (bf16_to_f32(h), 0x8000)] {
                 let x = f64::from(f32::from_bits(value.to_bits() | half_ulp))
                     * (1.0 + step * 2f64.powi(-40));
@@ -158,7 +158,7 @@ mod tests {
                     );
                 }
             }
-            let significand = i128::from(random.next() % 128 + 128) * 2 + 1;
+            let significand = i128::from(random.draw() % 128 + 128) * 2 + 1;
             let integer = (significand << (54 - i % 3)) + (i % 7) - 3;
             for (integer, round) in
                 [integer, -integer].into_iter().flat_map(|x| ROUNDS.map(|r| (x, r)))

@@ -78,7 +78,7 @@ impl Exact {
         self.limbs.iter().rev().cmp(other.limbs.iter().rev())
     }
 
-    pub fn cmp(&self, other: &Self) -> Ordering {
+    pub fn compare(&self, other: &Self) -> Ordering {
         let difference = self.add(&Self { negative: !other.negative, ..*other });
         match (difference.is_zero(), difference.negative) {
             (true, _) => Ordering::Equal,
@@ -184,9 +184,9 @@ pub fn samples_f32(count: usize) -> Vec<f32> {
     (0..count)
         .map(|i| match (EDGES.get(i), i % 3) {
             (Some(edge), _) => *edge,
-            (None, 0) => random.next() as u32,
-            (None, 1) => near(random.next() as u32),
-            (None, _) => near(random.next() as u32) & !0xfff,
+            (None, 0) => random.draw() as u32,
+            (None, 1) => near(random.draw() as u32),
+            (None, _) => near(random.draw() as u32) & !0xfff,
         })
         .map(f32::from_bits)
         .collect()
@@ -196,7 +196,7 @@ pub fn samples_f32(count: usize) -> Vec<f32> {
 pub struct Random(pub u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.0 =
             self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         self.0 ^ self.0 >> 33

@@ -13,7 +13,8 @@ macro_rules! logic {
             concat!("cnot.b", $n) => (a: $B) -> $B { (a == 0) as $b }
             // Amounts above the width act as the width.
             concat!("shl.b", $n) => (a: $B, b: U32) -> $B { if b < $b::BITS { a << b } else { 0 } }
-            concat!("shr.b", $n), concat!("shr.u", $n) => (a: $B, b: U32) -> $B { if b < $b::BITS { a >> b } else { 0 } }
+            concat!("shr.b", $n), concat!("shr.u", $n)
+                => (a: $B, b: U32) -> $B { if b < $b::BITS { a >> b } else { 0 } }
             concat!("shr.s", $n) => (a: $S, b: U32) -> $S { a >> b.min($b::BITS - 1) }
         }
     };
@@ -65,7 +66,8 @@ const COMMON: &[Entry] = forms! { common:
     "lop3.b32" => (a: B32, b: B32, c: B32, table: U32) -> B32 {
         // One term for each combination of input bits that the table maps to 1.
         (0..8).fold(0, |result, i| {
-            let term = (if i & 4 != 0 { a } else { !a }) & (if i & 2 != 0 { b } else { !b }) & (if i & 1 != 0 { c } else { !c });
+            let bits = |place, x: u32| if i & place != 0 { x } else { !x };
+            let term = bits(4, a) & bits(2, b) & bits(1, c);
             result | term & 0u32.wrapping_sub(table >> i & 1)
         })
     }

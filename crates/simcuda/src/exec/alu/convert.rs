@@ -72,7 +72,8 @@ macro_rules! integer_to_f64 {
 macro_rules! integer_to_wider {
     ($d:literal $D:ident $t:ident: $($s:literal $S:ident),+) => {
         forms! { rare: $(
-            concat!("cvt.rn.", $d, ".", $s), concat!("cvt.rz.", $d, ".", $s), concat!("cvt.rm.", $d, ".", $s), concat!("cvt.rp.", $d, ".", $s)
+            concat!("cvt.rn.", $d, ".", $s), concat!("cvt.rz.", $d, ".", $s),
+            concat!("cvt.rm.", $d, ".", $s), concat!("cvt.rp.", $d, ".", $s)
                 => (a: $S) -> $D { $t::from(a) }
         )+}
     };
@@ -83,14 +84,20 @@ macro_rules! float_to_integer {
     ($kind:ident: $flags:literal $f:literal $F:ident: $($d:literal $D:ident $t:ident $nan:literal),+) => {
         forms! { $kind: $(
             concat!("cvt.rni", $flags, ".", $d, $f)
-                => (a: $F) -> $D { if $nan != 0 && a.is_nan() { 1 << ($t::BITS - 1) } else { a.round_ties_even() as $t } }
+                => (a: $F) -> $D { if $nan != 0 && a.is_nan() { top!($t) } else { a.round_ties_even() as $t } }
             concat!("cvt.rzi", $flags, ".", $d, $f)
-                => (a: $F) -> $D { if $nan != 0 && a.is_nan() { 1 << ($t::BITS - 1) } else { a as $t } }
+                => (a: $F) -> $D { if $nan != 0 && a.is_nan() { top!($t) } else { a as $t } }
             concat!("cvt.rmi", $flags, ".", $d, $f)
-                => (a: $F) -> $D { if $nan != 0 && a.is_nan() { 1 << ($t::BITS - 1) } else { a.floor() as $t } }
+                => (a: $F) -> $D { if $nan != 0 && a.is_nan() { top!($t) } else { a.floor() as $t } }
             concat!("cvt.rpi", $flags, ".", $d, $f)
-                => (a: $F) -> $D { if $nan != 0 && a.is_nan() { 1 << ($t::BITS - 1) } else { a.ceil() as $t } }
+                => (a: $F) -> $D { if $nan != 0 && a.is_nan() { top!($t) } else { a.ceil() as $t } }
         )+}
+    };
+}
+
+macro_rules! top {
+    ($t:ident) => {
+        1 << ($t::BITS - 1)
     };
 }
 
@@ -126,10 +133,14 @@ macro_rules! from_f32 {
             concat!("cvt.", $n, ".bf16.f32") => (a: F32) -> BF16Bits { bf16_from_f32(a, $r) }
             concat!("cvt.", $n, ".relu.bf16.f32") => (a: F32) -> BF16Bits { bf16_from_f32(relu(a), $r) }
             // The first operand goes to the upper half.
-            concat!("cvt.", $n, ".f16x2.f32") => (a: F32, b: F32) -> F16x2Bits { pack([b, a].map(|x| f16_from_f32(x, $r))) }
-            concat!("cvt.", $n, ".relu.f16x2.f32") => (a: F32, b: F32) -> F16x2Bits { pack([b, a].map(|x| f16_from_f32(relu(x), $r))) }
-            concat!("cvt.", $n, ".bf16x2.f32") => (a: F32, b: F32) -> BF16x2Bits { pack([b, a].map(|x| bf16_from_f32(x, $r))) }
-            concat!("cvt.", $n, ".relu.bf16x2.f32") => (a: F32, b: F32) -> BF16x2Bits { pack([b, a].map(|x| bf16_from_f32(relu(x), $r))) }
+            concat!("cvt.", $n, ".f16x2.f32")
+                => (a: F32, b: F32) -> F16x2Bits { pack([b, a].map(|x| f16_from_f32(x, $r))) }
+            concat!("cvt.", $n, ".relu.f16x2.f32")
+                => (a: F32, b: F32) -> F16x2Bits { pack([b, a].map(|x| f16_from_f32(relu(x), $r))) }
+            concat!("cvt.", $n, ".bf16x2.f32")
+                => (a: F32, b: F32) -> BF16x2Bits { pack([b, a].map(|x| bf16_from_f32(x, $r))) }
+            concat!("cvt.", $n, ".relu.bf16x2.f32")
+                => (a: F32, b: F32) -> BF16x2Bits { pack([b, a].map(|x| bf16_from_f32(relu(x), $r))) }
         }
     };
 }

@@ -116,8 +116,10 @@ const OTHERS: &[Entry] = forms! { rare:
     "div.rn.f64" => (a: F64, b: F64) -> F64 { a / b }
     "rcp.rn.f64" => (a: F64) -> F64 { 1.0 / a }
     "sqrt.rn.f64" => (a: F64) -> F64 { a.sqrt() }
-    "min.f64" => (a: F64, b: F64) -> F64 { if a < b || b.is_nan() || (a == b && a.is_sign_negative()) { a } else { b } }
-    "max.f64" => (a: F64, b: F64) -> F64 { if a > b || b.is_nan() || (a == b && b.is_sign_negative()) { a } else { b } }
+    "min.f64"
+        => (a: F64, b: F64) -> F64 { if a < b || b.is_nan() || (a == b && a.is_sign_negative()) { a } else { b } }
+    "max.f64"
+        => (a: F64, b: F64) -> F64 { if a > b || b.is_nan() || (a == b && b.is_sign_negative()) { a } else { b } }
 };
 
 pub static TABLES: &[&[Entry]] = &[

@@ -1,6 +1,6 @@
-//! Arithmetic of f16, bf16 and their pairs, on f32 values. f32 has the 2p + 2 bits that make a second rounding harmless
-//! after a sum, and holds a product exactly or, where it underflows, all that decides its rounding to bf16. Only the fused
-//! operation needs more.
+//! Arithmetic of f16, bf16 and their pairs, on f32 values. f32 has the 2p + 2 bits that make a second rounding
+//! harmless after a sum, and holds a product exactly or, where it underflows, all that decides its rounding to bf16.
+//! Only the fused operation needs more.
 
 use super::float::{max, max_magnitude, min, min_magnitude, or_nan};
 use super::lanes::*;

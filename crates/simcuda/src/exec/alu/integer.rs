@@ -11,9 +11,12 @@ macro_rules! arithmetic {
             concat!("mul.lo.u", $n), concat!("mul.lo.s", $n) => (a: $U, b: $U) -> $U { a.wrapping_mul(b) }
             concat!("mul.hi.u", $n) => (a: $U, b: $U) -> $U { ((a as $uu * b as $uu) >> $u::BITS) as $u }
             concat!("mul.hi.s", $n) => (a: $S, b: $S) -> $S { ((a as $ss * b as $ss) >> $s::BITS) as $s }
-            concat!("mad.lo.u", $n), concat!("mad.lo.s", $n) => (a: $U, b: $U, c: $U) -> $U { a.wrapping_mul(b).wrapping_add(c) }
-            concat!("mad.hi.u", $n) => (a: $U, b: $U, c: $U) -> $U { (((a as $uu * b as $uu) >> $u::BITS) as $u).wrapping_add(c) }
-            concat!("mad.hi.s", $n) => (a: $S, b: $S, c: $S) -> $S { (((a as $ss * b as $ss) >> $s::BITS) as $s).wrapping_add(c) }
+            concat!("mad.lo.u", $n), concat!("mad.lo.s", $n)
+                => (a: $U, b: $U, c: $U) -> $U { a.wrapping_mul(b).wrapping_add(c) }
+            concat!("mad.hi.u", $n)
+                => (a: $U, b: $U, c: $U) -> $U { (((a as $uu * b as $uu) >> $u::BITS) as $u).wrapping_add(c) }
+            concat!("mad.hi.s", $n)
+                => (a: $S, b: $S, c: $S) -> $S { (((a as $ss * b as $ss) >> $s::BITS) as $s).wrapping_add(c) }
             concat!("div.u", $n) => (a: $U, b: $U) -> $U { a.checked_div(b).unwrap_or($u::MAX) }
             concat!("div.s", $n) => (a: $S, b: $S) -> $S { if b == 0 { -1 } else { a.wrapping_div(b) } }
             concat!("rem.u", $n) => (a: $U, b: $U) -> $U { a.checked_rem(b).unwrap_or($u::MAX) }
@@ -64,7 +67,8 @@ macro_rules! halfwords {
 const OTHERS: &[Entry] = forms! { rare:
     "add.sat.s32" => (a: S32, b: S32) -> S32 { a.saturating_add(b) }
     "sub.sat.s32" => (a: S32, b: S32) -> S32 { a.saturating_sub(b) }
-    "mad.hi.sat.s32" => (a: S32, b: S32, c: S32) -> S32 { (((i64::from(a) * i64::from(b)) >> 32) as i32).saturating_add(c) }
+    "mad.hi.sat.s32"
+        => (a: S32, b: S32, c: S32) -> S32 { (((i64::from(a) * i64::from(b)) >> 32) as i32).saturating_add(c) }
 
     "dp4a.u32.u32" => (a: B32, b: B32, c: U32) -> U32 { dot!(bytes!(a, u8), bytes!(b, u8), c) }
     "dp4a.u32.s32" => (a: B32, b: B32, c: U32) -> U32 { dot!(bytes!(a, u8), bytes!(b, i8), c) }
@@ -82,8 +86,10 @@ const OTHERS: &[Entry] = forms! { rare:
     // Without a byte mask the third operand of vabsdiff4 takes part only as the start of `.add`'s sum.
     "vabsdiff4.u32.u32.u32" => (a: U32, b: U32, _c: U32) -> U32 { byte_differences(bytes!(a, u8), bytes!(b, u8)) }
     "vabsdiff4.u32.s32.s32" => (a: U32, b: U32, _c: U32) -> U32 { byte_differences(bytes!(a, i8), bytes!(b, i8)) }
-    "vabsdiff4.u32.u32.u32.add" => (a: U32, b: U32, c: U32) -> U32 { byte_sum(byte_differences(bytes!(a, u8), bytes!(b, u8)), c) }
-    "vabsdiff4.u32.s32.s32.add" => (a: U32, b: U32, c: U32) -> U32 { byte_sum(byte_differences(bytes!(a, i8), bytes!(b, i8)), c) }
+    "vabsdiff4.u32.u32.u32.add"
+        => (a: U32, b: U32, c: U32) -> U32 { byte_sum(byte_differences(bytes!(a, u8), bytes!(b, u8)), c) }
+    "vabsdiff4.u32.s32.s32.add"
+        => (a: U32, b: U32, c: U32) -> U32 { byte_sum(byte_differences(bytes!(a, i8), bytes!(b, i8)), c) }
 };
 
 #[inline(always)]

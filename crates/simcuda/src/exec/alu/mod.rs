@@ -7,9 +7,9 @@
 //! "add.s32", "add.u32" => (a: U32, b: U32) -> U32 { a.wrapping_add(b) }
 //! ```
 //!
-//! From a row come the parser's lookup, the signature operands are checked against, and the loop over the lanes. The
-//! loop is compiled for AVX2, with a scalar one for CPUs without it; rare forms have only that. The result never depends
-//! on which one runs.
+//! From a row come the parser's lookup, the signature operands are checked against, and the loop over the lanes. Common
+//! rows have a loop of their own, compiled for AVX2 and chosen where the CPU has it; rare ones share a scalar loop. The
+//! result never depends on which one runs.
 //!
 //! What the PTX ISA leaves open is decided here: integer division by zero gives all ones, as does its remainder; a NaN
 //! computed in f32 is 0x7fffffff, in a 16-bit float 0x7fff, in f64 0xfff8000000000000, whatever NaN came in; `neg` and
@@ -79,7 +79,8 @@ impl Alu {
     /// Executes the lanes in `mask`; the others keep what `dst` holds. Sources beyond the signature's are not read;
     /// each may be the destination.
     pub fn run(self, r: &mut Registers, mask: u32, dst: Slot, src: [Slot; 4], env: &Env) {
-        self.0.run[level()](r, mask, dst, src, env);
+        // SAFETY: this is the level of this CPU.
+        unsafe { self.0.run[level()](r, mask, dst, src, env) }
     }
 }
 
@@ -105,7 +106,8 @@ struct Entry {
     run: [Run; 2],
 }
 
-type Run = fn(&mut Registers, u32, Slot, [Slot; 4], &Env);
+/// Safe to call where [`level`] is at least its index.
+type Run = unsafe fn(&mut Registers, u32, Slot, [Slot; 4], &Env);
 
 fn entries() -> impl Iterator<Item = &'static Entry> {
     [integer::TABLES, bits::TABLES, select::TABLES, float::TABLES, half::TABLES, convert::TABLES]
@@ -128,14 +130,17 @@ trait Form {
 }
 
 /// All lanes by a loop of the form's own. Those not in `mask` are computed and dropped: that needs no branches.
-fn vector<F: Form>(r: &mut Registers, mask: u32, dst: Slot, src: [Slot; 4], env: &Env) {
+///
+/// # Safety
+/// On x86-64 the CPU must have what `has_avx2` asks for.
+unsafe fn vector<F: Form>(r: &mut Registers, mask: u32, dst: Slot, src: [Slot; 4], env: &Env) {
     if F::APPROXIMATE && env.perturb.is_some() {
         return scalar::<F>(r, mask, dst, src, env);
     }
     let mut out = [Default::default(); 32];
     let rows = F::Sources::rows(r, src);
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: `level` lets this function run where `has_avx2`.
+    // SAFETY: what the caller promises.
     unsafe {
         fill_avx2::<F>(&mut out, rows);
     }

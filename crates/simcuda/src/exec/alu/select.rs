@@ -47,10 +47,14 @@ macro_rules! compare_signed {
 macro_rules! compare_unsigned {
     ($kind:ident: $($before:literal $after:literal),+ => $U:ident -> $D:ident, $result:ident) => {
         forms! { $kind:
-            $(concat!($before, "lt", $after), concat!($before, "lo", $after)),+ => (a: $U, b: $U) -> $D { $result(a, b, |a, b| a < b) }
-            $(concat!($before, "le", $after), concat!($before, "ls", $after)),+ => (a: $U, b: $U) -> $D { $result(a, b, |a, b| a <= b) }
-            $(concat!($before, "gt", $after), concat!($before, "hi", $after)),+ => (a: $U, b: $U) -> $D { $result(a, b, |a, b| a > b) }
-            $(concat!($before, "ge", $after), concat!($before, "hs", $after)),+ => (a: $U, b: $U) -> $D { $result(a, b, |a, b| a >= b) }
+            $(concat!($before, "lt", $after), concat!($before, "lo", $after)),+
+                => (a: $U, b: $U) -> $D { $result(a, b, |a, b| a < b) }
+            $(concat!($before, "le", $after), concat!($before, "ls", $after)),+
+                => (a: $U, b: $U) -> $D { $result(a, b, |a, b| a <= b) }
+            $(concat!($before, "gt", $after), concat!($before, "hi", $after)),+
+                => (a: $U, b: $U) -> $D { $result(a, b, |a, b| a > b) }
+            $(concat!($before, "ge", $after), concat!($before, "hs", $after)),+
+                => (a: $U, b: $U) -> $D { $result(a, b, |a, b| a >= b) }
         }
     };
 }
@@ -65,14 +69,21 @@ macro_rules! compare_floats {
             $(concat!($before, "le", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a <= b) }
             $(concat!($before, "gt", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a > b) }
             $(concat!($before, "ge", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a >= b) }
-            $(concat!($before, "equ", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| (a == b) | a.is_nan() | b.is_nan()) }
+            $(concat!($before, "equ", $after)),+
+                => (a: $F, b: $F) -> $D { $result(a, b, |a, b| (a == b) | a.is_nan() | b.is_nan()) }
             $(concat!($before, "neu", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a != b) }
-            $(concat!($before, "ltu", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| (a < b) | a.is_nan() | b.is_nan()) }
-            $(concat!($before, "leu", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| (a <= b) | a.is_nan() | b.is_nan()) }
-            $(concat!($before, "gtu", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| (a > b) | a.is_nan() | b.is_nan()) }
-            $(concat!($before, "geu", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| (a >= b) | a.is_nan() | b.is_nan()) }
-            $(concat!($before, "num", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| !a.is_nan() & !b.is_nan()) }
-            $(concat!($before, "nan", $after)),+ => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a.is_nan() | b.is_nan()) }
+            $(concat!($before, "ltu", $after)),+
+                => (a: $F, b: $F) -> $D { $result(a, b, |a, b| (a < b) | a.is_nan() | b.is_nan()) }
+            $(concat!($before, "leu", $after)),+
+                => (a: $F, b: $F) -> $D { $result(a, b, |a, b| (a <= b) | a.is_nan() | b.is_nan()) }
+            $(concat!($before, "gtu", $after)),+
+                => (a: $F, b: $F) -> $D { $result(a, b, |a, b| (a > b) | a.is_nan() | b.is_nan()) }
+            $(concat!($before, "geu", $after)),+
+                => (a: $F, b: $F) -> $D { $result(a, b, |a, b| (a >= b) | a.is_nan() | b.is_nan()) }
+            $(concat!($before, "num", $after)),+
+                => (a: $F, b: $F) -> $D { $result(a, b, |a, b| !a.is_nan() & !b.is_nan()) }
+            $(concat!($before, "nan", $after)),+
+                => (a: $F, b: $F) -> $D { $result(a, b, |a, b| a.is_nan() | b.is_nan()) }
         }
     };
 }

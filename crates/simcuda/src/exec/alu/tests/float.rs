@@ -192,7 +192,7 @@ fn fused_where_it_matters() {
             }
             for _ in 0..200 {
                 let mut any =
-                    || -> Bits { std::array::from_fn(|_| random.next() & (!0 >> (64 - bits))) };
+                    || -> Bits { std::array::from_fn(|_| random.draw() & (!0 >> (64 - bits))) };
                 let (a, b, noise) = (any(), any(), any());
                 let c = std::array::from_fn(|lane| {
                     let product = decode(ty, a[lane]) * decode(ty, b[lane]);

@@ -46,6 +46,20 @@ fn get(r: &Registers, ty: Ty, slot: Slot) -> Bits {
     })
 }
 
+fn run_level(
+    level: usize,
+    alu: Alu,
+    r: &mut Registers,
+    mask: u32,
+    dst: Slot,
+    src: [Slot; 4],
+    env: &Env,
+) {
+    assert!(level <= super::level());
+    // SAFETY: just asserted.
+    unsafe { alu.0.run[level](r, mask, dst, src, env) }
+}
+
 /// All lanes, on the loop of a level.
 fn run_on(level: usize, alu: Alu, inputs: &[Bits], env: &Env) -> Bits {
     let (mut r, signature) = (registers(), alu.signature());
@@ -55,7 +69,7 @@ fn run_on(level: usize, alu: Alu, inputs: &[Bits], env: &Env) -> Bits {
         set(&mut r, *ty, src[i], &inputs[i]);
     }
     let dst = slot(signature.destination, 0);
-    alu.0.run[level](&mut r, !0, dst, src, env);
+    run_level(level, alu, &mut r, !0, dst, src, env);
     get(&r, signature.destination, dst)
 }
 
@@ -97,7 +111,7 @@ fn sample(ty: Ty, random: &mut Random) -> u64 {
         0x4f00_0000,
         0x4b00_0001,
     ];
-    let (edge, r) = (random.next().is_multiple_of(3), random.next());
+    let (edge, r) = (random.draw().is_multiple_of(3), random.draw());
     let pick = |from: &[u64]| from[r as usize % from.len()];
     match (ty, edge) {
         (Ty::Pred, _) => r & 1,

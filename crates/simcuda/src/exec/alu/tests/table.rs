@@ -92,7 +92,7 @@ fn levels_masks_and_aliases() {
             let mask = match round {
                 0 => 0,
                 1 => !0,
-                _ => random.next() as u32,
+                _ => random.draw() as u32,
             };
             for level in 0..=level() {
                 for alias in 0..=signature.sources.len() {
@@ -110,7 +110,7 @@ fn levels_masks_and_aliases() {
                     });
                     let dst = aliased.map_or(slot(ty, 0), |i| src[i]);
                     let before = r.clone();
-                    alu.0.run[level](&mut r, mask, dst, src, &env);
+                    run_level(level, alu, &mut r, mask, dst, src, &env);
                     let (got, kept) = (get(&r, ty, dst), get(&before, ty, dst));
                     for lane in 0..32 {
                         let want = if mask >> lane & 1 != 0 { all[lane] } else { kept[lane] };
