@@ -30,8 +30,8 @@ pub enum MmaModel {
     Chain,
     /// The exact sum, rounded once.
     Exact,
-    /// Products and accumulator aligned to the largest exponent and truncated to 24 bits before they are added, as
-    /// published models of A100 and H100 have it (arXiv 2512.07004).
+    /// Products and accumulator aligned to the largest exponent, cut 25 places below it and summed, the sum rounded
+    /// toward zero: the published model of an H100 (arXiv 2512.07004).
     Truncated,
 }
 

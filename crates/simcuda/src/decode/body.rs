@@ -291,13 +291,13 @@ impl Decoder<'_> {
         Ok(())
     }
 
+    fn guard(&mut self, i: &Instruction) -> Result<Option<Predicate>> {
+        let Some(g) = &i.guard else { return Ok(None) };
+        Ok(Some(Predicate { slot: self.predicate_register(&g.register)?, negate: g.negate }))
+    }
+
     fn instruction(&mut self, i: &Instruction) -> Result<()> {
-        let guard = match &i.guard {
-            None => None,
-            Some(g) => {
-                Some(Predicate { slot: self.predicate_register(&g.register)?, negate: g.negate })
-            }
-        };
+        let guard = self.guard(i)?;
         let base = i.opcode.split('.').next().unwrap_or_default();
         let op = match base {
             "ld" | "ldu" | "st" | "atom" | "red" | "membar" | "fence" | "cp" | "ldmatrix" => {
@@ -337,7 +337,10 @@ impl Decoder<'_> {
             .ok_or_else(|| self.unsupported(&format!("the instruction `{}`", i.opcode)))?;
         let signature = alu.signature();
         self.count(i, signature.sources.len() + 1..=signature.sources.len() + 1)?;
-        let fit = if i.opcode.starts_with("cvt.") { Fit::AtLeast } else { Fit::Exact };
+        if i.opcode.starts_with("cvt.") {
+            return self.cvt(i, alu);
+        }
+        let fit = Fit::Exact;
         let dst = if signature.destination == Ty::Pred {
             match &i.operands[0] {
                 Operand::Name(name) => self.predicate_register(name)?,
@@ -350,6 +353,38 @@ impl Decoder<'_> {
             return Ok(Op::Nop);
         }
         let src = self.sources(alu, &i.operands[1..], fit)?;
+        Ok(Op::Alu { alu, dst, src })
+    }
+
+    /// `cvt` takes registers wider than its types. Up to 32 bits a row holds both alike; a 64-bit register is cut or
+    /// extended on the way.
+    fn cvt(&mut self, i: &Instruction, alu: Alu) -> Result<Op> {
+        let signature = alu.signature();
+        let unary = |form: &str, dst: Slot, src: Slot| {
+            let alu = Alu::parse(form).expect("a conversion between integers");
+            Op::Alu { alu, dst, src: [src, NONE, NONE, NONE] }
+        };
+        let wide = |ty: Option<Type>| ty.is_some_and(|ty| ty.bytes == 8);
+        let guard = self.guard(i)?;
+        let mut src = self.sources(alu, &i.operands[1..], Fit::AtLeast)?;
+        for ((src, ty), operand) in src.iter_mut().zip(signature.sources).zip(&i.operands[1..]) {
+            if ty.bits() < 64 && wide(self.register_type(operand)) {
+                let narrow = self.register(B32);
+                self.emit(unary("cvt.u32.u64", narrow, *src), &guard)?;
+                *src = narrow;
+            }
+        }
+        let want = declared(signature.destination);
+        let dst = self.destination(&i.operands[0], want, Fit::AtLeast)?;
+        if dst == NONE {
+            return Ok(Op::Nop);
+        }
+        if want.bytes < 8 && wide(self.register_type(&i.operands[0])) {
+            let narrow = self.register(B32);
+            self.emit(Op::Alu { alu, dst: narrow, src }, &guard)?;
+            let extend = if want.kind == Kind::Signed { "cvt.s64.s32" } else { "cvt.u64.u32" };
+            return Ok(unary(extend, dst, narrow));
+        }
         Ok(Op::Alu { alu, dst, src })
     }
 

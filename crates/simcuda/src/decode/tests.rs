@@ -45,6 +45,8 @@ fn operands_fit_their_instructions() {
         "mul.wide.s32 %rd0, %r1, 4;",
         "cvt.u64.u32 %rd0, %r1;",
         "cvt.u32.u16 %r0, %rs1;",
+        "cvt.s64.s32 %rd0, %rd1;",
+        "cvt.u16.u32 %rd0, %r1;",
         "ld.shared.f32 %f0, [%r1];",
         "ld.shared.f32 %f0, [%rd1+4];",
         "ld.shared.v2.u32 {%r0, %r1}, [tile+8];",
@@ -60,10 +62,10 @@ fn operands_fit_their_instructions() {
         load(body).expect(body);
     }
     for (body, parts) in [
-        ("add.s32 %r0, %f1, %r2;", &["a register of .s32, got `%f1` of .f32"][..]),
+        ("add.s32 %r0, %f1, %r2;", &["a register of .u32, got `%f1` of .f32"][..]),
         ("add.f32 %f0, %fd1, %f2;", &["a register of .f32, got `%fd1` of .f64"]),
         ("add.s32 %r0, %rd1, %r2;", &["`%rd1` of .b64"]),
-        ("add.s32 %r0, %r1, 0f3F800000;", &["a literal of .s32"]),
+        ("add.s32 %r0, %r1, 0f3F800000;", &["a literal of .u32"]),
         ("add.f32 %f0, %f1, 1;", &["a literal of .f32"]),
         ("add.s32 %r0, %p1, %r2;", &["`%p1` of .pred"]),
         ("add.s32 %r0, %r1;", &["operands, got 2"]),

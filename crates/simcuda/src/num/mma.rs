@@ -33,17 +33,6 @@ pub fn m16n8k16(
     dispatch::<16>(kind, model, &a, &b, c)
 }
 
-/// D = A * B + C for m16n8k8: the first half of the registers of A and B.
-pub fn m16n8k8(
-    kind: MmaKind,
-    model: MmaModel,
-    a: [&Row; 2],
-    b: [&Row; 1],
-    c: [&Row; 4],
-) -> [Row; 4] {
-    dispatch::<8>(kind, model, &a, &b, c)
-}
-
 fn dispatch<const K: usize>(
     kind: MmaKind,
     model: MmaModel,

@@ -176,18 +176,6 @@ fn ldmatrix_feeds_mma() {
 }
 
 #[test]
-fn k8_is_the_first_half_of_k16() {
-    let mut random = Random(3);
-    let mut register =
-        || std::array::from_fn(|_| u32::from(half(F16, (random.draw() % 64) as f32)) * 0x1_0001);
-    let (a, b, c, zero) = ([register(), register()], [register()], [[0; 32]; 4], [0; 32]);
-    let short = m16n8k8(F16, MmaModel::Chain, a.each_ref(), b.each_ref(), c.each_ref());
-    let long =
-        m16n8k16(F16, MmaModel::Chain, [&a[0], &a[1], &zero, &zero], [&b[0], &zero], c.each_ref());
-    assert_eq!(short, long);
-}
-
-#[test]
 fn levels_agree() {
     let mut random = Random(4);
     for _ in 0..50 {
