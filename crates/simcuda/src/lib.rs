@@ -4,8 +4,8 @@
 //! tests use to install it and to ask for reports and counters. README.md says what is simulated, what is not, and
 //! how to add an instruction.
 
-// Filled by the modules as they come.
 mod counters;
+mod decode;
 mod driver;
 mod exec;
 mod host;
@@ -17,6 +17,10 @@ mod report;
 mod roofline;
 
 pub use counters::Counters;
-pub use host::{Installed, assert_clean, counters, install, reports, set_policy};
+pub use host::{
+    Installed, assert_clean, clear_counters, counters, device, install, printed, reports,
+    set_policy,
+};
 pub use policy::{Checks, CpAsync, MmaModel, Policy, Schedule, Streams};
 pub use report::{Class, Report};
+pub use roofline::{A100_SXM, Bound, Device, H100_SXM, Resource, Roofline};

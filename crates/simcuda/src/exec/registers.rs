@@ -16,3 +16,15 @@ pub struct Registers {
     pub rows: Vec<Row>,
     pub predicates: Vec<u32>,
 }
+
+impl Registers {
+    /// A 64-bit register.
+    pub fn wide(&self, slot: Slot) -> &[u64; 32] {
+        super::alu::wide(self, slot)
+    }
+
+    /// A 64-bit register, to write.
+    pub fn wide_mut(&mut self, slot: Slot) -> &mut [u64; 32] {
+        super::alu::wide_mut(self, slot)
+    }
+}

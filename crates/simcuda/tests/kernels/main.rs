@@ -8,8 +8,8 @@
 mod attention;
 mod copy;
 mod gpu;
+mod mutants;
 mod patterns;
-#[path = "../reference/mod.rs"]
 mod reference;
 mod rows;
 mod top_k;
@@ -75,4 +75,24 @@ fn nothing_is_wasted() {
             .expect("what the other tests pass");
         assert_eq!(patterns::waste(|kernel| simcuda::counters(device, kernel)), Ok(None));
     }
+}
+
+/// The size that the simulator is built for, all checks on, in half a second of one core: the whole suite rests on it.
+#[test]
+fn fast_enough() {
+    if simcuda::install() == simcuda::Installed::RealDriver {
+        println!("the simulator's speed is none of a real device: not run");
+        return;
+    }
+    let ptx = include_str!("../../../../kernels/ptx/window_attention.ptx");
+    let device = simcuda::device();
+    let gpu = Gpu::new(device, ptx, simcuda::Policy::default()).expect("a device and its module");
+    let seconds =
+        attention::window_attention_at_size(&gpu).expect("scores as the reference has them");
+    simcuda::assert_clean(device);
+    let (_, counters) = simcuda::counters(device, "window_attention_scores_bf16");
+    println!("{seconds:.3} s of one core for\n{counters}");
+    println!("{}", simcuda::Roofline::of(&counters, &simcuda::H100_SXM));
+    assert_eq!(counters.mma, 65_536);
+    assert!(seconds <= 0.5, "{seconds:.3} s");
 }
