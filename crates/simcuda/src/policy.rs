@@ -8,7 +8,8 @@ pub enum Schedule {
     InOrder,
     /// All resident blocks advance in turns of this many warp instructions per warp.
     Quantum(u32),
-    /// One block at a time: a block that waits for a later one never ends, which is reported.
+    /// One block at a time, the last one first: a block that waits for another never ends, which is reported, unless
+    /// tickets made sure that the other one has started.
     OneBlock,
     /// Blocks start in a seeded random order, warps run in seeded random order and turns.
     Random,

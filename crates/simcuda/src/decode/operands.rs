@@ -186,10 +186,11 @@ impl Decoder<'_> {
     /// The bits of a literal.
     fn literal(&self, operand: &Operand, want: Type) -> Result<u64> {
         let float = want.kind == Kind::Float;
+        let integer = matches!(want.kind, Kind::Signed | Kind::Unsigned);
         Ok(match (operand, want.bytes) {
             (Operand::Int(value), _) if !float => *value as u64,
-            (Operand::F32(bits), 4) => u64::from(*bits),
-            (Operand::F64(bits), 8) => *bits,
+            (Operand::F32(bits), 4) if !integer => u64::from(*bits),
+            (Operand::F64(bits), 8) if !integer => *bits,
             (Operand::F64(bits), 4) if float => u64::from((f64::from_bits(*bits) as f32).to_bits()),
             (Operand::F32(bits), 8) if float => f64::from(f32::from_bits(*bits)).to_bits(),
             _ => {

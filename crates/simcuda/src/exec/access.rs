@@ -59,26 +59,31 @@ impl Warp {
         }
     }
 
-    /// The lanes of each state space that a generic access reaches, with their offsets there.
+    /// Acts on the lanes of each state space that an access reaches, with their offsets there.
     pub(super) fn spaces(
         space: Space,
         mask: u32,
         addresses: &[u64; 32],
-    ) -> Vec<(Space, u32, [u64; 32])> {
+        mut act: impl FnMut(Space, u32, &[u64; 32]) -> Result<(), Fault>,
+    ) -> Result<(), Fault> {
         if space != Space::Generic {
-            return vec![(space, mask, *addresses)];
+            return act(space, mask, addresses);
         }
-        let mut found: Vec<(Space, u32, [u64; 32])> = Vec::with_capacity(1);
-        for lane in (0..32).filter(|l| mask >> l & 1 == 1) {
-            let (space, offset) = generic(addresses[lane]);
-            let i = found.iter().position(|f| f.0 == space).unwrap_or_else(|| {
-                found.push((space, 0, [0; 32]));
-                found.len() - 1
-            });
-            found[i].1 |= 1 << lane;
-            found[i].2[lane] = offset;
+        let mut left = mask;
+        while left != 0 {
+            let space = generic(addresses[left.trailing_zeros() as usize]).0;
+            let (mut of, mut at) = (0, [0; 32]);
+            for lane in (0..32).filter(|l| left >> l & 1 == 1) {
+                let (its, offset) = generic(addresses[lane]);
+                if its == space {
+                    of |= 1 << lane;
+                    at[lane] = offset;
+                }
+            }
+            act(space, of, &at)?;
+            left &= !of;
         }
-        found
+        Ok(())
     }
 
     pub(super) fn access(
@@ -94,11 +99,11 @@ impl Warp {
                 let addresses = self.addresses(address, active)?;
                 let width = u32::from(to.bytes) * u32::from(to.count);
                 let mut data: Lanes = [[0; 16]; 32];
-                for (space, mask, at) in Self::spaces(space, active, &addresses) {
-                    let mut r = request(self, mask, &at, width, semantics, pc);
+                Self::spaces(space, active, &addresses, |space, mask, at| {
+                    let mut r = request(self, mask, at, width, semantics, pc);
                     r.non_coherent = non_coherent;
-                    self.load(grid, around, space, &r, &mut data)?;
-                }
+                    self.load(grid, around, space, &r, &mut data)
+                })?;
                 self.scatter(&to, active, &data);
                 Ok(())
             }
@@ -106,10 +111,10 @@ impl Warp {
                 let addresses = self.addresses(address, active)?;
                 let width = u32::from(from.bytes) * u32::from(from.count);
                 let data = self.gather(&from, active)?;
-                for (space, mask, at) in Self::spaces(space, active, &addresses) {
-                    let r = request(self, mask, &at, width, semantics, pc);
-                    self.store(grid, around, space, &r, &data)?;
-                }
+                Self::spaces(space, active, &addresses, |space, mask, at| {
+                    let r = request(self, mask, at, width, semantics, pc);
+                    self.store(grid, around, space, &r, &data)
+                })?;
                 grid.progress();
                 Ok(())
             }

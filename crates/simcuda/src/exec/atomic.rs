@@ -36,8 +36,8 @@ impl Warp {
         };
         let mut changed = false;
         let mut result = [0; 32];
-        for (space, mask, at) in Self::spaces(space, active, &addresses) {
-            let r = request(self, mask, &at, word.bytes().into(), semantics, pc);
+        Self::spaces(space, active, &addresses, |space, mask, at| {
+            let r = request(self, mask, at, word.bytes().into(), semantics, pc);
             let mut apply = |lane: usize, old: u64| {
                 let value = modify(rmw, word, space, old, operand[lane], new[lane]);
                 changed |= value != old;
@@ -53,11 +53,12 @@ impl Warp {
                     return Err(Fault::new(Class::Unsupported, lane, message));
                 }
             };
-            grid.meter.atomic(space == Space::Global, mask, &at, word.bytes().into());
+            grid.meter.atomic(space == Space::Global, mask, at, word.bytes().into());
             for lane in (0..32).filter(|l| mask >> l & 1 == 1) {
                 result[lane] = old[lane];
             }
-        }
+            Ok(())
+        })?;
         if changed {
             grid.progress();
         }

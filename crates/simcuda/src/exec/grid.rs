@@ -72,6 +72,9 @@ impl Grid<'_> {
         };
         let random = self.policy.schedule == Schedule::Random;
         let mut order: Vec<u32> = (0..blocks).rev().collect();
+        if self.policy.schedule == Schedule::OneBlock {
+            order.reverse();
+        }
         if random {
             for i in (1..order.len()).rev() {
                 order.swap(i, self.random(i as u64 + 1) as usize);
