@@ -5,6 +5,11 @@ use cudarc::driver::{CudaContext, LaunchConfig, PushKernelArg};
 use cudarc::nvrtc::Ptx;
 use simcuda::{Counters, Installed, Policy, Schedule};
 
+thread_local! {
+    /// One device for all launches of a test.
+    static DEVICE: usize = simcuda::device();
+}
+
 /// Launches a kernel that begins with %i = tid.x, %n = the thread's number in the grid, %in and %out, two buffers of
 /// 64 KiB. Its preamble is 12 instructions, its end one. The counters are the same under every schedule.
 fn count(blocks: u32, threads: u32, body: &str) -> Option<Counters> {
@@ -39,7 +44,8 @@ fn count(blocks: u32, threads: u32, body: &str) -> Option<Counters> {
     );
     let schedules = [Schedule::InOrder, Schedule::Quantum(3), Schedule::OneBlock, Schedule::Random];
     let counters = schedules.map(|schedule| {
-        let device = simcuda::device();
+        let device = DEVICE.with(|device| *device);
+        simcuda::clear_counters(device);
         simcuda::set_policy(device, Policy { schedule, seed: 5, ..Policy::default() });
         let context = CudaContext::new(device).unwrap();
         let stream = context.default_stream();
