@@ -9,6 +9,7 @@ pub mod op;
 mod body;
 mod memory;
 mod operands;
+mod registers;
 mod warp;
 
 use std::collections::HashMap;

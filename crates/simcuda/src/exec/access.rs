@@ -2,7 +2,8 @@
 
 use super::block::Surroundings;
 use super::grid::Grid;
-use super::warp::{Warp, Width};
+use super::taint::Width;
+use super::warp::Warp;
 use super::{LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
 use crate::Class;
 use crate::decode::op::{Address, Elements, Inst, NONE, Op, Semantics, Space};

@@ -7,7 +7,8 @@
 use super::access::request;
 use super::block::Surroundings;
 use super::grid::Grid;
-use super::warp::{Warp, Width};
+use super::taint::Width;
+use super::warp::Warp;
 use crate::Class;
 use crate::CpAsync;
 use crate::decode::op::{Inst, NONE, Op, Semantics, Space};

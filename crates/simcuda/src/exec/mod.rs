@@ -4,7 +4,8 @@
 //! * [`grid`](self): which block runs when, under a [`Schedule`]; reports.
 //! * `block`: warps of a block, barriers, shared memory.
 //! * `warp`: the lanes of a warp: divergence, convergence and the instruction loop.
-//! * `access`, `async_copy`, `atomic`, `sync`, `call`: what instructions do beyond registers.
+//! * `taint`: registers, and what of them was written.
+//! * `moves`, `access`, `async_copy`, `atomic`, `sync`, `call`: what instructions do that are no table entry of `alu`.
 
 mod access;
 pub mod alu;
@@ -13,8 +14,10 @@ mod atomic;
 mod block;
 mod call;
 mod grid;
+mod moves;
 pub mod registers;
 mod sync;
+mod taint;
 mod warp;
 
 pub use grid::run;

@@ -2,7 +2,8 @@
 
 use super::block::Surroundings;
 use super::grid::Grid;
-use super::warp::{Arrival, Warp, Width};
+use super::taint::Width;
+use super::warp::{Arrival, Warp};
 use crate::Class;
 use crate::decode::op::{BarrierKind, Inst, NONE, Op, Predicate, Rmw, Shuffle, Vote};
 use crate::memory::Fault;

@@ -6,16 +6,16 @@
 //! waits until the lanes the operation names are there, and others run meanwhile. A lane may also spin on another lane
 //! of its warp: after many backward branches in a row, others get a turn.
 
-use super::alu::{Alu, Ty};
 use super::async_copy::Copies;
 use super::block::Surroundings;
 use super::grid::Grid;
-use super::registers::{Registers, Row, Slot};
+use super::registers::{Registers, Row};
 use super::sync::Readiness;
+use super::taint::{Width, undefined};
 use crate::Class;
 use crate::Report;
 use crate::decode::Special;
-use crate::decode::op::{BarrierKind, Inst, Logic, NONE, Op, Predicate, Space};
+use crate::decode::op::{BarrierKind, Op};
 use crate::memory::{Fault, Region};
 
 /// Backward branches in a row after which other splits of the warp get a turn.
@@ -26,29 +26,6 @@ const SPINS: u32 = 64;
 pub(super) struct Split {
     pub pc: u32,
     pub mask: u32,
-}
-
-/// What a slot is. The halves of a 64-bit register are tainted apart: compilers pack a value with garbage and take
-/// the value out again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Width {
-    Predicate,
-    Narrow,
-    Wide,
-}
-
-impl Width {
-    pub fn wide(wide: bool) -> Self {
-        if wide { Self::Wide } else { Self::Narrow }
-    }
-
-    fn of(ty: Ty) -> Self {
-        match ty.bits() {
-            1 => Self::Predicate,
-            64 => Self::Wide,
-            _ => Self::Narrow,
-        }
-    }
 }
 
 /// A warp's arrival at a block barrier.
@@ -321,8 +298,13 @@ impl Warp {
             if self.defined_guard(inst) & split.mask != split.mask {
                 return Err((pc, undefined("its predicate")));
             }
+            let Readiness::Go(executing) = self.readiness(inst, split.mask).map_err(|f| (pc, f))?
+            else {
+                self.splits.push(split);
+                return if self.splits.len() == 1 { Err(self.parted(grid)) } else { Ok(None) };
+            };
             grid.instructions += 1;
-            grid.meter.instruction(inst.kind, active);
+            grid.meter.instruction(inst.kind, executing & active);
             match inst.op {
                 Op::Alu { alu, dst, src } => {
                     let defined = active & self.defined_sources(alu, &src);
@@ -363,15 +345,7 @@ impl Warp {
                     }
                 }
                 _ if inst.synchronises() => {
-                    let ready = self.readiness(inst, split.mask).map_err(|f| (pc, f))?;
-                    let Readiness::Go(go) = ready else {
-                        self.splits.push(split);
-                        if self.splits.len() == 1 {
-                            return Err(self.parted(grid));
-                        }
-                        grid.instructions -= 1;
-                        return Ok(None);
-                    };
+                    let go = executing;
                     let skip = split.mask & !active;
                     let wait = split.mask & !(go | skip);
                     if wait != 0 {
@@ -411,238 +385,4 @@ impl Warp {
     fn meets(&self, pc: u32, limit: u32) -> bool {
         !self.splits.is_empty() && (pc >= limit || self.splits.iter().any(|s| s.pc == pc))
     }
-
-    /// What needs no other lane.
-    fn execute(
-        &mut self,
-        grid: &mut Grid<'_>,
-        around: &mut Surroundings<'_>,
-        inst: &Inst,
-        pc: u32,
-        active: u32,
-    ) -> Result<(), Fault> {
-        match inst.op {
-            Op::Compare { alu, src, dst, inverse, combine } => {
-                let scratch = self.registers.predicates.len() as Slot;
-                self.registers.predicates.push(0);
-                alu.run(&mut self.registers, active, scratch, src, &grid.env);
-                let plain = self.registers.predicates.pop().unwrap_or(0);
-                let mut defined = active & self.defined_sources(alu, &src);
-                let (mut yes, mut no) = (plain, !plain);
-                if let Some((logic, p)) = combine {
-                    let c = self.predicate(p);
-                    defined &= self.defined_predicates[p.slot as usize];
-                    let apply = |x: u32| match logic {
-                        Logic::And => x & c,
-                        Logic::Or => x | c,
-                        Logic::Xor => x ^ c,
-                    };
-                    (yes, no) = (apply(yes), apply(no));
-                }
-                for (slot, value) in [(dst, yes), (inverse, no)] {
-                    if slot != NONE {
-                        let p = &mut self.registers.predicates[slot as usize];
-                        *p = *p & !active | value & active;
-                        self.define(slot, Width::Predicate, active, defined);
-                    }
-                }
-                Ok(())
-            }
-            Op::Pack { dst, parts, count, bytes } => {
-                let bits = 8 * u32::from(bytes);
-                let mut value = [0u64; 32];
-                let mut defined = [active; 2];
-                for (i, &part) in parts[..count as usize].iter().enumerate() {
-                    let shift = bits * i as u32;
-                    defined[shift as usize / 32] &= self.defined[part as usize];
-                    for (lane, v) in value.iter_mut().enumerate() {
-                        let part = u64::from(self.registers.rows[part as usize].0[lane]);
-                        *v |= (part & u64::MAX >> (64 - bits)) << shift;
-                    }
-                }
-                let wide = bits * u32::from(count) == 64;
-                self.write_bits(dst, wide, active, &value);
-                self.define(dst, Width::Narrow, active, defined[0]);
-                if wide {
-                    self.define(dst + 1, Width::Narrow, active, defined[1]);
-                }
-                Ok(())
-            }
-            Op::Unpack { src, parts, count, bytes } => {
-                let bits = 8 * u32::from(bytes);
-                let value = self.bits(src, bits * u32::from(count) == 64);
-                for (i, &part) in parts[..count as usize].iter().enumerate() {
-                    if part != NONE {
-                        let shift = bits * i as u32;
-                        let defined = self.defined[(src + shift / 32) as usize] & active;
-                        let limit = u64::MAX >> (64 - bits);
-                        self.write_bits(part, false, active, &value.map(|v| v >> shift & limit));
-                        self.define(part, Width::Narrow, active, defined);
-                    }
-                }
-                Ok(())
-            }
-            Op::Convert { dst, src, space, to, wide } => {
-                let window = match space {
-                    Space::Shared => super::SHARED_WINDOW,
-                    Space::Local => super::LOCAL_WINDOW,
-                    Space::Param => super::PARAM_WINDOW,
-                    _ => 0,
-                };
-                // Local memory is private: the lane is part of its generic address only through who uses it.
-                let value = self.bits(src, wide);
-                let value =
-                    value.map(|v| if to { v.wrapping_sub(window) } else { v.wrapping_add(window) });
-                let width = Width::wide(wide);
-                let defined = self.defined_in(src, width) & active;
-                self.write_bits(dst, wide, active, &value);
-                self.define(dst, width, active, defined);
-                Ok(())
-            }
-            Op::IsSpace { dst, src, space } => {
-                let value = self.bits(src, true);
-                let mut truth = 0;
-                for (lane, &v) in value.iter().enumerate() {
-                    truth |= u32::from(super::access::generic(v).0 == space) << lane;
-                }
-                let p = &mut self.registers.predicates[dst as usize];
-                *p = *p & !active | truth & active;
-                self.define(
-                    dst,
-                    Width::Predicate,
-                    active,
-                    self.defined_in(src, Width::Wide) & active,
-                );
-                Ok(())
-            }
-            Op::Clock { dst, wide } => {
-                self.write_bits(dst, wide, active, &[grid.instructions; 32]);
-                self.define(dst, Width::wide(wide), active, active);
-                Ok(())
-            }
-            Op::ActiveMask { dst } => {
-                self.write(dst, active, &[active; 32]);
-                Ok(())
-            }
-            Op::Trap => {
-                Err(Fault::new(Class::Trap, Some(active.trailing_zeros()), "trap".to_owned()))
-            }
-            Op::Fence(scope) => {
-                grid.clocks.fence(self.global, scope);
-                Ok(())
-            }
-            Op::Nop => Ok(()),
-            _ => self.access(grid, around, inst, pc, active),
-        }
-    }
-
-    fn guard(&self, inst: &Inst) -> u32 {
-        match inst.guard {
-            NONE => u32::MAX,
-            slot => self.predicate(Predicate { slot, negate: inst.negate }),
-        }
-    }
-
-    fn defined_guard(&self, inst: &Inst) -> u32 {
-        if inst.guard == NONE { u32::MAX } else { self.defined_predicates[inst.guard as usize] }
-    }
-
-    pub fn predicate(&self, p: Predicate) -> u32 {
-        let value = self.registers.predicates[p.slot as usize];
-        if p.negate { !value } else { value }
-    }
-
-    fn defined_in(&self, slot: Slot, width: Width) -> u32 {
-        let slot = slot as usize;
-        match width {
-            Width::Predicate => self.defined_predicates[slot],
-            Width::Narrow => self.defined[slot],
-            Width::Wide => self.defined[slot] & self.defined[slot + 1],
-        }
-    }
-
-    /// Lanes in which all sources are defined. What narrows 64 bits needs the low half only.
-    fn defined_sources(&self, alu: Alu, src: &[Slot; 4]) -> u32 {
-        let signature = alu.signature();
-        let narrows =
-            matches!(signature.destination.bits(), 8..=32) && signature.sources.len() == 1;
-        let mut defined = u32::MAX;
-        for (&ty, &slot) in signature.sources.iter().zip(src) {
-            let width = Width::of(ty);
-            let low = narrows && width == Width::Wide && !ty.is_float();
-            defined &= self.defined_in(slot, if low { Width::Narrow } else { width });
-        }
-        defined
-    }
-
-    /// Lanes `active` of a slot were written, of which only `defined` come from defined values.
-    pub fn define(&mut self, slot: Slot, width: Width, active: u32, defined: u32) {
-        let slot = slot as usize;
-        let set = |row: &mut u32| *row = *row & !active | defined;
-        match width {
-            Width::Predicate => set(&mut self.defined_predicates[slot]),
-            Width::Narrow => set(&mut self.defined[slot]),
-            Width::Wide => self.defined[slot..slot + 2].iter_mut().for_each(set),
-        }
-    }
-
-    /// A fault if a slot is undefined in one of the lanes.
-    pub fn expect_defined(
-        &self,
-        slot: Slot,
-        width: Width,
-        mask: u32,
-        what: &str,
-    ) -> Result<(), Fault> {
-        let undefined_lanes = mask & !self.defined_in(slot, width);
-        if undefined_lanes == 0 {
-            return Ok(());
-        }
-        Err(Fault { lane: Some(undefined_lanes.trailing_zeros()), ..undefined(what) })
-    }
-
-    /// A register's bits, 32 or 64 of them.
-    pub fn bits(&self, slot: Slot, wide: bool) -> [u64; 32] {
-        if wide {
-            *self.registers.wide(slot)
-        } else {
-            self.registers.rows[slot as usize].0.map(u64::from)
-        }
-    }
-
-    pub fn write_bits(&mut self, slot: Slot, wide: bool, mask: u32, value: &[u64; 32]) {
-        if wide {
-            for (lane, v) in self.registers.wide_mut(slot).iter_mut().enumerate() {
-                *v = if mask >> lane & 1 == 1 { value[lane] } else { *v };
-            }
-        } else {
-            for (lane, v) in self.registers.rows[slot as usize].0.iter_mut().enumerate() {
-                *v = if mask >> lane & 1 == 1 { value[lane] as u32 } else { *v };
-            }
-        }
-    }
-
-    /// Writes a 32-bit row with defined values; nothing for a sink.
-    pub fn write(&mut self, slot: Slot, mask: u32, value: &[u32; 32]) {
-        if slot == NONE {
-            return;
-        }
-        for (lane, v) in self.registers.rows[slot as usize].0.iter_mut().enumerate() {
-            *v = if mask >> lane & 1 == 1 { value[lane] } else { *v };
-        }
-        self.define(slot, Width::Narrow, mask, mask);
-    }
-
-    pub fn write_predicate(&mut self, slot: Slot, mask: u32, value: u32) {
-        if slot == NONE {
-            return;
-        }
-        let p = &mut self.registers.predicates[slot as usize];
-        *p = *p & !mask | value & mask;
-        self.define(slot, Width::Predicate, mask, mask);
-    }
-}
-
-fn undefined(what: &str) -> Fault {
-    Fault::new(Class::Uninitialised, None, format!("{what} was never written"))
 }

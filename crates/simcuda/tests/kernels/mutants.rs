@@ -37,6 +37,12 @@ fn run(ptx: &str, drive: Drive, policy: Policy, count: bool) -> Option<(Caught, 
         let outcome = Gpu::new(device, ptx, policy)
             .and_then(|gpu| drive(&gpu).and_then(|()| Ok(gpu.stream.synchronize()?)));
         if let Some(report) = simcuda::reports(device).first() {
+            // Edits are in the PTX, the place is still one of the CUDA source.
+            let source = report.source.as_deref().unwrap_or_default();
+            assert!(
+                source.contains(".cu"),
+                "a line of a kernel expected, {source:?} came: {report}"
+            );
             return Some((Caught::By(report.class), report.message.clone()));
         }
         match outcome {
@@ -123,7 +129,7 @@ fn every_mutant_is_caught_for_its_cause() {
 fn every_mutant_under_every_policy() {
     assert_eq!(simcuda::install(), Installed::Simulated, "mutants would only break a real device");
     let mut table = String::from(
-        "# Seeded bugs and what caught them\n\nWritten by `SIMCUDA_BLESS=1 cargo test -p simcuda --test kernels -- --ignored`. \nThe columns are the policies of `tests/kernels/gpu.rs`.\n\n| kernel \
+        "# Seeded bugs and what caught them\n\nWritten by `SIMCUDA_BLESS=1 cargo test -p simcuda --test kernels -- --ignored`.\nThe columns are the policies of `tests/kernels/gpu.rs`.\n\n| kernel \
          | bug | 1 | 2 | 3 | 4 | 5 | 6 |\n|---|---|---|---|---|---|---|---|\n",
     );
     for (mutant, caught) in MUTANTS.iter().zip(try_each(true)) {
