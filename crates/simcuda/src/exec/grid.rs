@@ -5,6 +5,7 @@ use super::block::{Block, Turn};
 use super::{Launch, Outcome};
 use crate::counters::Meter;
 use crate::decode::Code;
+use crate::driver::occupancy::device_blocks;
 use crate::memory::{Clocks, Fault, Memory, Region};
 use crate::{Class, Policy, Report, Schedule};
 
@@ -15,9 +16,6 @@ const PATIENCE: u64 = 20_000_000;
 /// Instructions that a warp runs in its turn where the schedule does not say. Long, because blocks in order is the
 /// common case; finite, because a warp may spin until another has run.
 const LONG_TURN: u64 = 100_000;
-
-/// Blocks that run at a time if all are in motion. What an H100 could hold is more than a test needs.
-const MOST_RESIDENT: usize = 264;
 
 /// A launch while it runs.
 pub(super) struct Grid<'a> {
@@ -64,11 +62,15 @@ pub fn run(launch: &Launch<'_>, memory: &mut Memory, policy: &Policy) -> Outcome
 
 impl Grid<'_> {
     fn blocks(&mut self, blocks: u32) -> Result<(), Box<Report>> {
+        // Blocks may wait for each other as far as an H100 holds them at once, and no further.
+        let threads = self.launch.block.iter().product();
+        let resident = device_blocks(self.launch.kernel, threads, self.launch.dynamic_shared);
+        let resident = resident.max(1) as usize;
         let (resident, quantum, in_order) = match self.policy.schedule {
-            Schedule::InOrder => (MOST_RESIDENT, LONG_TURN, true),
-            Schedule::Quantum(n) => (MOST_RESIDENT, n.max(1).into(), false),
+            Schedule::InOrder => (resident, LONG_TURN, true),
+            Schedule::Quantum(n) => (resident, n.max(1).into(), false),
             Schedule::OneBlock => (1, LONG_TURN, true),
-            Schedule::Random => (MOST_RESIDENT, 0, false),
+            Schedule::Random => (resident, 0, false),
         };
         let random = self.policy.schedule == Schedule::Random;
         let mut order: Vec<u32> = (0..blocks).rev().collect();
