@@ -35,7 +35,7 @@ impl Decoder<'_> {
     fn qualifiers(&self, i: &Instruction) -> Qualifiers {
         let mut q = Qualifiers {
             space: Space::Generic,
-            semantics: Semantics { scope: None, acquire: false, release: false },
+            semantics: Semantics::WEAK,
             vector: 1,
             ty: None,
             ty_name: String::new(),

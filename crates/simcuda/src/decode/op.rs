@@ -70,6 +70,11 @@ pub struct Semantics {
     pub release: bool,
 }
 
+impl Semantics {
+    /// Promises nothing.
+    pub const WEAK: Self = Self { scope: None, acquire: false, release: false };
+}
+
 /// Registers of a vector access and what one element is.
 #[derive(Debug, Clone, Copy)]
 pub struct Elements {

@@ -34,8 +34,6 @@ struct Copy {
     inst: u32,
 }
 
-const WEAK: Semantics = Semantics { scope: None, acquire: false, release: false };
-
 impl Warp {
     pub(super) fn async_copy(
         &mut self,
@@ -68,11 +66,11 @@ impl Warp {
                     }
                     self.partial(grid, reads, &from, &sizes, pc, width, &mut data)?;
                 } else {
-                    let r = request(self, reads, &from, width, WEAK, pc);
+                    let r = request(self, reads, &from, width, Semantics::WEAK, pc);
                     grid.memory.load(&r, &mut grid.clocks, grid.policy.checks, &mut data)?;
                 }
                 grid.meter.cp_async(active, reads, &from, &to, width);
-                let r = request(self, active, &to, width, WEAK, pc);
+                let r = request(self, active, &to, width, Semantics::WEAK, pc);
                 let checks = grid.policy.checks;
                 if grid.policy.cp_async == CpAsync::Early {
                     return around.shared.finish_async(&r, &mut grid.clocks, checks, &data);
@@ -116,7 +114,7 @@ impl Warp {
             .filter(|&l| reads >> l & 1 == 1 && sizes[l] == width)
             .fold(0, |m, l| m | 1 << l);
         if full != 0 {
-            let r = request(self, full, from, width, WEAK, pc);
+            let r = request(self, full, from, width, Semantics::WEAK, pc);
             grid.memory.load(&r, &mut grid.clocks, grid.policy.checks, data)?;
         }
         for lane in (0..32).filter(|l| (reads & !full) >> l & 1 == 1) {
@@ -126,7 +124,7 @@ impl Warp {
             }
             for byte in 0..sizes[lane] {
                 let at = [from[lane] + u64::from(byte); 32];
-                let r = request(self, 1 << lane, &at, 1, WEAK, pc);
+                let r = request(self, 1 << lane, &at, 1, Semantics::WEAK, pc);
                 let mut one: Lanes = [[0; 16]; 32];
                 grid.memory.load(&r, &mut grid.clocks, grid.policy.checks, &mut one)?;
                 data[lane][byte as usize] = one[lane][0];
@@ -153,7 +151,7 @@ impl Warp {
             }
             if done != 0 {
                 copy.mask &= !done;
-                let r = request(self, done, &copy.at, copy.width, WEAK, copy.inst);
+                let r = request(self, done, &copy.at, copy.width, Semantics::WEAK, copy.inst);
                 around.shared.finish_async(&r, &mut grid.clocks, grid.policy.checks, &copy.data)?;
                 grid.progress();
             }
@@ -185,7 +183,7 @@ impl Warp {
                     at = at.map(|a| a & (super::SHARED_WINDOW - 1));
                 }
                 let mut data: Lanes = [[0; 16]; 32];
-                let r = request(self, givers, &at, 16, WEAK, pc);
+                let r = request(self, givers, &at, 16, Semantics::WEAK, pc);
                 // Each row reaches four lanes; for the race check the giver reads it.
                 around.shared.load(&r, &mut grid.clocks, grid.policy.checks, &mut data)?;
                 grid.meter.ldmatrix(&at[..8 * usize::from(count)]);

@@ -10,8 +10,6 @@ use crate::Class;
 use crate::decode::op::{Builtin, Semantics, Space};
 use crate::memory::{Fault, Lanes};
 
-const WEAK: Semantics = Semantics { scope: None, acquire: false, release: false };
-
 impl Warp {
     #[expect(clippy::too_many_arguments, reason = "the fields of one instruction")]
     pub(super) fn call(
@@ -53,7 +51,7 @@ impl Warp {
         }
         if result != u32::MAX {
             let at = [u64::from(result); 32];
-            let r = request(self, active, &at, 4, WEAK, pc);
+            let r = request(self, active, &at, 4, Semantics::WEAK, pc);
             self.store(grid, around, Space::Local, &r, &results)?;
         }
         Ok(())
@@ -77,7 +75,7 @@ impl Reader<'_, '_, '_> {
     fn read(&mut self, address: u64, width: u32) -> Result<u64, Fault> {
         let (space, offset) = generic(address);
         let at = [offset; 32];
-        let r = request(self.warp, 1 << self.lane, &at, width, WEAK, self.pc);
+        let r = request(self.warp, 1 << self.lane, &at, width, Semantics::WEAK, self.pc);
         let mut data: Lanes = [[0; 16]; 32];
         self.warp.load(self.grid, self.around, space, &r, &mut data)?;
         let bytes = &data[self.lane as usize];
