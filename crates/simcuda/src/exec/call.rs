@@ -107,7 +107,7 @@ impl Reader<'_, '_, '_> {
             let mut long = false;
             let conversion = loop {
                 match chars.next() {
-                    Some(c @ ('l' | 'z' | 'j' | 't')) => long |= c != '\0',
+                    Some('l' | 'z' | 'j' | 't') => long = true,
                     Some('h') => {}
                     Some(c) if c.is_ascii_digit() || "-+ #.".contains(c) => spec.push(c),
                     other => break other,

@@ -72,13 +72,7 @@ impl Warp {
     }
 
     /// A warp's arrival at a block barrier.
-    pub fn arrival(
-        &mut self,
-        grid: &Grid<'_>,
-        inst: &Inst,
-        pc: u32,
-        go: u32,
-    ) -> Result<Arrival, Fault> {
+    pub fn arrival(&self, inst: &Inst, pc: u32, go: u32) -> Result<Arrival, Fault> {
         let Op::Barrier { kind, id, count } = inst.op else { unreachable!("only barriers arrive") };
         let lane = go.trailing_zeros();
         let uniform = |slot, what: &str| {
@@ -109,7 +103,6 @@ impl Warp {
             }
             _ => 0,
         };
-        debug_assert!(grid.code.insts.len() > pc as usize);
         Ok(Arrival { pc, id, count, kind, truths, voters: go.count_ones() })
     }
 

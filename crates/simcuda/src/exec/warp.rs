@@ -354,7 +354,7 @@ impl Warp {
                     }
                     if go != 0 {
                         if let Op::Barrier { .. } = inst.op {
-                            let arrival = self.arrival(grid, inst, pc, go).map_err(|f| (pc, f))?;
+                            let arrival = self.arrival(inst, pc, go).map_err(|f| (pc, f))?;
                             grid.meter.barrier();
                             self.arrival = Some(arrival);
                             self.splits.push(split);

@@ -19,6 +19,9 @@ pub enum MmaKind {
     BF16,
 }
 
+/// Products in an element's sum.
+const K: usize = 16;
+
 /// Lanes of a register.
 type Row = [u32; 32];
 
@@ -30,44 +33,28 @@ pub fn m16n8k16(
     b: [&Row; 2],
     c: [&Row; 4],
 ) -> [Row; 4] {
-    dispatch::<16>(kind, model, &a, &b, c)
-}
-
-fn dispatch<const K: usize>(
-    kind: MmaKind,
-    model: MmaModel,
-    a: &[&Row],
-    b: &[&Row],
-    c: [&Row; 4],
-) -> [Row; 4] {
     #[cfg(target_arch = "x86_64")]
     if super::has_avx2() {
         // SAFETY: the CPU has the features.
-        return unsafe { multiply_avx2::<K>(kind, model, a, b, c) };
+        return unsafe { multiply_avx2(kind, model, a, b, c) };
     }
-    multiply::<K>(kind, model, a, b, c)
+    multiply(kind, model, a, b, c)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,bmi1,bmi2,fma,lzcnt,popcnt")]
-fn multiply_avx2<const K: usize>(
+fn multiply_avx2(
     kind: MmaKind,
     model: MmaModel,
-    a: &[&Row],
-    b: &[&Row],
+    a: [&Row; 4],
+    b: [&Row; 2],
     c: [&Row; 4],
 ) -> [Row; 4] {
-    multiply::<K>(kind, model, a, b, c)
+    multiply(kind, model, a, b, c)
 }
 
 #[inline(always)]
-fn multiply<const K: usize>(
-    kind: MmaKind,
-    model: MmaModel,
-    a: &[&Row],
-    b: &[&Row],
-    c: [&Row; 4],
-) -> [Row; 4] {
+fn multiply(kind: MmaKind, model: MmaModel, a: [&Row; 4], b: [&Row; 2], c: [&Row; 4]) -> [Row; 4] {
     // Four lanes hold eight consecutive elements, so in the order of lanes and halves a register is a block of eight
     // by eight: rows of A, columns of B.
     let (mut left, mut right) = ([[0.0; K]; 16], [[0.0; 8]; K]);
@@ -117,7 +104,7 @@ fn elements(kind: MmaKind, register: &Row) -> [f32; 64] {
 
 /// Fused multiply-adds in the order of k; four rows at a time, to hide their latency.
 #[inline(always)]
-fn chain<const K: usize>(left: &[[f32; K]; 16], right: &[[f32; 8]; K], sum: &mut [[f32; 8]]) {
+fn chain(left: &[[f32; K]; 16], right: &[[f32; 8]; K], sum: &mut [[f32; 8]]) {
     for (rows, sums) in left.chunks_exact(4).zip(sum.chunks_exact_mut(4)) {
         let mut totals = [sums[0], sums[1], sums[2], sums[3]];
         for k in 0..K {
@@ -133,7 +120,7 @@ fn chain<const K: usize>(left: &[[f32; K]; 16], right: &[[f32; 8]; K], sum: &mut
 
 /// Every element by a function of a row, a column and the accumulator.
 #[inline(always)]
-fn each<const K: usize>(
+fn each(
     left: &[[f32; K]; 16],
     right: &[[f32; 8]; K],
     sum: &mut [[f32; 8]],
@@ -148,17 +135,13 @@ fn each<const K: usize>(
 }
 
 /// The products and the accumulator, exact in f64.
-fn terms<'a, const K: usize>(
-    a: &'a [f32; K],
-    b: &'a [f32; K],
-    c: f32,
-) -> impl Iterator<Item = f64> + Clone + 'a {
+fn terms<'a>(a: &'a [f32; K], b: &'a [f32; K], c: f32) -> impl Iterator<Item = f64> + Clone + 'a {
     a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).chain([c.into()])
 }
 
 /// The exact sum, rounded once: as a sum of f64 that do not overlap, of which the largest, made odd if anything is
 /// left, stands for all.
-fn exact<const K: usize>(a: &[f32; K], b: &[f32; K], c: f32) -> f32 {
+fn exact(a: &[f32; K], b: &[f32; K], c: f32) -> f32 {
     let terms = terms(a, b, c);
     if !terms.clone().all(f64::is_finite) {
         return terms.sum::<f64>() as f32;
@@ -207,7 +190,7 @@ fn two_sum(a: f64, b: f64) -> (f64, f64) {
 
 /// The published model of H100: every term cut off 25 places below the largest exponent, the sum cut off to f32. The
 /// exponent of a product is the sum of its factors' exponents.
-fn truncated<const K: usize>(kind: MmaKind, a: &[f32; K], b: &[f32; K], c: f32) -> f32 {
+fn truncated(kind: MmaKind, a: &[f32; K], b: &[f32; K], c: f32) -> f32 {
     /// Two places more than f32 has.
     const PLACES: i32 = 25;
     /// No term is aligned further up than this.

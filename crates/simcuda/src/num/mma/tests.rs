@@ -183,9 +183,10 @@ fn levels_agree() {
         let registers: [Row; 10] = std::array::from_fn(|_| register());
         let r = registers.each_ref();
         for (kind, model) in [F16, BF16].into_iter().flat_map(|k| MODELS.map(|m| (k, m))) {
-            let best = dispatch::<16>(kind, model, &r[..4], &r[4..6], [r[6], r[7], r[8], r[9]]);
-            let baseline =
-                super::multiply::<16>(kind, model, &r[..4], &r[4..6], [r[6], r[7], r[8], r[9]]);
+            let (a, b) = ([r[0], r[1], r[2], r[3]], [r[4], r[5]]);
+            let c = [r[6], r[7], r[8], r[9]];
+            let best = m16n8k16(kind, model, a, b, c);
+            let baseline = super::multiply(kind, model, a, b, c);
             assert_eq!(best, baseline);
         }
     }
