@@ -152,3 +152,22 @@ constexpr int CHUNKS = DIM * 2 / 16;
 __device__ inline uint4* chunk_at(uint4* tile, u32 row, u32 chunk) {
     return tile + row * CHUNKS + (chunk ^ (row % 8));
 }
+
+// Rows of one head of a borrowed tensor: the twin of `HeadRows` in src/backend/cuda/views.rs. Rows start at multiples of
+// 16 bytes. With pages, slot s is row s % page of the page that the head's table names for s / page.
+struct Rows {
+    u64 base;
+    i64 stride; // bytes from a row to the next, within a page
+    i64 table;  // first entry of the head's table in `pages`; -1 without pages
+    u32 page, magic, shift;
+    u32 unused;
+
+    __device__ const char* at(u32 slot, const u32* __restrict__ pages) const {
+        i64 row = slot;
+        if (table >= 0) {
+            u32 number = (u64)slot * magic >> (31 + shift);
+            row = (i64)pages[table + number] * page + (slot - number * page);
+        }
+        return reinterpret_cast<const char*>(base) + row * stride;
+    }
+};

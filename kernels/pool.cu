@@ -1,11 +1,11 @@
-// Smoothing of each row of a ragged f32 matrix [rows][stride] over neighbouring slots.
+// Smoothing of f32 rows over neighbouring slots: of row r, the first lengths[r].
 //
 //   pool_avg: out[r][t] = sum of in[r][t - radius ..= t + radius] / (2 * radius + 1), zeros outside the row
 //   pool_max: out[r][t] = max of the same, over what lies inside the row; a NaN spreads to every window it is in
 //
 // The sum runs from left to right: bit for bit what the CPU backend computes.
 // Launch: grid (ceil(longest row / 1024), rows), 256 threads; radius <= 64, `out` is not `in`. Rows start at multiples
-// of 16 bytes (stride % 4 == 0). A block reads its tile and the halo once, into shared memory; a thread owns every
+// of 16 bytes. A block reads its tile and the halo once, into shared memory; a thread owns every
 // 256th output, so that lanes read neighbouring banks.
 // Source: torch.nn.functional.avg_pool1d (count_include_pad) and max_pool1d.
 // gates: pool_* LDG.E.128 LDS
@@ -29,13 +29,14 @@ struct Maximum {
 };
 
 template <class Kind>
-__device__ inline void pool_rows(const float* __restrict__ in, float* __restrict__ out,
-                                 const i32* __restrict__ lengths, i64 stride, i32 radius) {
+__device__ inline void pool_rows(const float* const* __restrict__ in, float* const* __restrict__ out,
+                                 const u32* __restrict__ lengths, i32 radius) {
     // The tile starts at HALO, 16-byte aligned.
     __shared__ __align__(16) float tile[HALO + TILE + HALO];
     u32 row = blockIdx.y, length = lengths[row], first = blockIdx.x * TILE;
     if (first >= length) return;
-    const float* from = in + row * stride;
+    const float* __restrict__ from = in[row];
+    float* __restrict__ to = out[row];
 
     if (first + TILE <= length) {
         u32 own = threadIdx.x * 4;
@@ -57,16 +58,16 @@ __device__ inline void pool_rows(const float* __restrict__ in, float* __restrict
         const float* window = tile + HALO + i - radius;
         float x = window[0];
         for (u32 j = 1; j < kernel; ++j) x = Kind::of(x, window[j]);
-        out[row * stride + first + i] = Kind::end(x, kernel);
+        to[first + i] = Kind::end(x, kernel);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    pool_avg(const float* in, float* out, const i32* lengths, i64 stride, i32 radius) {
-    pool_rows<Average>(in, out, lengths, stride, radius);
+    pool_avg(const float* const* in, float* const* out, const u32* lengths, i32 radius) {
+    pool_rows<Average>(in, out, lengths, radius);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    pool_max(const float* in, float* out, const i32* lengths, i64 stride, i32 radius) {
-    pool_rows<Maximum>(in, out, lengths, stride, radius);
+    pool_max(const float* const* in, float* const* out, const u32* lengths, i32 radius) {
+    pool_rows<Maximum>(in, out, lengths, radius);
 }

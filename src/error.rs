@@ -66,6 +66,56 @@ pub enum Error {
         /// Bytes asked for.
         bytes: u64,
     },
+    /// No CUDA driver on this machine, or none that can be loaded.
+    #[error("no CUDA driver: {reason}")]
+    NoDriver {
+        /// What the loader said.
+        reason: String,
+    },
+    /// A driver that cannot read the kernels.
+    #[error("the CUDA driver supports version {got}, expected at least {expected}")]
+    OldDriver {
+        /// Version needed, as `cuDriverGetVersion` has it: 12000 is 12.0.
+        expected: i32,
+        /// What came; 0 if the driver did not say.
+        got: i32,
+    },
+    /// A device number without a device.
+    #[error("no CUDA device {ordinal}: there are {count}")]
+    NoDevice {
+        /// The number asked for.
+        ordinal: usize,
+        /// Devices there are.
+        count: usize,
+    },
+    /// A device older than the kernels.
+    #[error("the device has compute capability {}.{}, expected at least {}.{}", got.0, got.1, expected.0, expected.1)]
+    ComputeCapability {
+        /// Major and minor needed.
+        expected: (i32, i32),
+        /// The device's.
+        got: (i32, i32),
+    },
+    /// A call of the CUDA driver that failed.
+    #[error("{call} failed: {name} (CUDA error {code})")]
+    Driver {
+        /// The call, or the kernel that was launched.
+        call: &'static str,
+        /// The `CUresult`.
+        code: u32,
+        /// Its name.
+        name: String,
+    },
+    /// Device memory that vector accesses cannot read.
+    #[error("{what}: addresses, strides and rows must be multiples of {expected} bytes, got {got}")]
+    Misaligned {
+        /// Which tensor.
+        what: &'static str,
+        /// The alignment.
+        expected: u64,
+        /// An address, or a number of bytes.
+        got: u64,
+    },
     /// Two tensors that must share a dtype do not.
     #[error("{what}: expected dtype {expected}, got {got}")]
     Dtype {

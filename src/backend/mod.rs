@@ -7,7 +7,10 @@
 //!
 //! All reductions have a fixed order: the same input gives the same bits whatever the number of threads.
 
+mod check;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod ops;
 
 use std::ops::Range;

@@ -108,7 +108,8 @@ impl Arrangement {
         match place {
             Place::HeadsFirst => strided(lens[0] as usize * dim, dim),
             Place::TokensFirst => strided(dim, heads * dim),
-            Place::Gapped => strided((lens[0] as usize + 2) * (dim + 3), dim + 3),
+            // Sixteen bytes of every dtype: what vector loads ask for.
+            Place::Gapped => strided((lens[0] as usize + 2) * (dim + 8), dim + 8),
             Place::Ragged { slack } => {
                 let mut end = 0;
                 let mut starts = Vec::new();

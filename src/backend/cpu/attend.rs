@@ -20,10 +20,9 @@ use std::sync::{Mutex, PoisonError};
 use rayon::prelude::*;
 
 use super::HostSlice;
-use super::rows::expect_rows;
 use super::tile::{self, exp, simd};
-use crate::backend::AttendView;
 use crate::backend::ops::Attend;
+use crate::backend::{AttendView, check};
 use crate::error::{Error, Result};
 use crate::ragged::Ragged;
 
@@ -47,7 +46,16 @@ pub(super) fn run(
     out: &mut Ragged<f32>,
     lse: Option<&mut Ragged<f32>>,
 ) -> Result<()> {
-    validate(sequences, out, lse.as_deref())?;
+    check::attend(sequences, out, lse.as_deref())?;
+    for AttendView { k, .. } in sequences {
+        if k.dim() > BLOCK {
+            return Err(Error::TooLarge {
+                what: "head dim of attention",
+                got: k.dim() as u64,
+                limit: BLOCK as u64,
+            });
+        }
+    }
     let items = sequences.iter().map(items).sum::<usize>();
     let sink = Mutex::new((out, lse));
     let small = sequences.iter().map(products).sum::<usize>() < SMALL;
@@ -60,45 +68,6 @@ pub(super) fn run(
     match small {
         true => (0..items).for_each(attend),
         false => (0..items).into_par_iter().for_each(attend),
-    }
-    Ok(())
-}
-
-fn validate(sequences: &[View<'_>], out: &Ragged<f32>, lse: Option<&Ragged<f32>>) -> Result<()> {
-    let rows = sequences.iter().map(|s| s.q.heads()).sum();
-    expect_rows("output rows (query heads)", rows, out.rows())?;
-    if let Some(lse) = lse {
-        expect_rows("log-sum-exp rows (query heads)", rows, lse.rows())?;
-    }
-    let mut row = 0;
-    for AttendView { q, k, v } in sequences {
-        if k.heads() == 0 || q.heads() == 0 || !q.heads().is_multiple_of(k.heads()) {
-            return Err(Error::HeadsNotDivisible {
-                query_heads: q.heads() as u32,
-                kv_heads: k.heads() as u32,
-            });
-        }
-        if k.dim() > BLOCK {
-            return Err(Error::TooLarge {
-                what: "head dim of attention",
-                got: k.dim() as u64,
-                limit: BLOCK as u64,
-            });
-        }
-        expect_rows("head dim of queries", k.dim(), q.dim())?;
-        expect_rows("head dim of values", k.dim(), v.dim())?;
-        expect_rows("value heads", k.heads(), v.heads())?;
-        for h in 0..k.heads() {
-            expect_rows("value rows of a head", k.len(h), v.len(h))?;
-        }
-        for hq in 0..q.heads() {
-            expect_rows("query rows of a head", q.len(0), q.len(hq))?;
-            expect_rows("output elements of a query head", q.len(hq) * q.dim(), out.len(row))?;
-            if let Some(lse) = lse {
-                expect_rows("log-sum-exp of a query head", q.len(hq), lse.len(row))?;
-            }
-            row += 1;
-        }
     }
     Ok(())
 }

@@ -10,8 +10,8 @@
 use rayon::prelude::*;
 
 use super::HostLayer;
-use super::rows::expect_segments;
 use super::tile::{self, simd};
+use crate::backend::check;
 use crate::backend::ops::Positional;
 use crate::error::Result;
 use crate::ragged::Ragged;
@@ -45,7 +45,7 @@ fn for_each_tile(
 }
 
 pub(super) fn key_norm(layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
-    expect_segments(layers, out)?;
+    check::segments(layers, out)?;
     for_each_tile(layers, out, |_, keys, out| {
         let dim = keys.len() / out.len();
         simd(
@@ -61,7 +61,7 @@ pub(super) fn key_norm(layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Resul
 }
 
 pub(super) fn key_diff(layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
-    expect_segments(layers, out)?;
+    check::segments(layers, out)?;
     let means = unit_key_means(layers);
     for_each_tile(layers, out, |s, keys, out| {
         let (mean, norm) = &means[s];
@@ -153,7 +153,7 @@ pub(super) fn positional(
     layers: &[HostLayer<'_>],
     out: &mut Ragged<f32>,
 ) -> Result<()> {
-    expect_segments(layers, out)?;
+    check::segments(layers, out)?;
     for ((layer, head), row) in tile::segments(layers).zip(out.rows_mut()) {
         let positions = layer.positions().map(|p| &p[head]);
         for (slot, out) in row.iter_mut().enumerate() {

@@ -13,18 +13,15 @@ use rayon::prelude::*;
 
 use super::HostLayer;
 use super::HostSlice;
-use super::rows::expect_segments;
 use super::tile::{self, simd};
+use crate::backend::check;
 use crate::backend::ops::Lag;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ragged::Ragged;
 use crate::view::Rows;
 
 pub(super) fn run(op: &Lag, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
-    expect_segments(layers, out)?;
-    if op.lag == 0 {
-        return Err(Error::Zero { what: "lag" });
-    }
+    check::lag(op, layers, out)?;
     let (sinks, lag) = (op.sinks as usize, op.lag as usize);
     let mut tasks = Vec::new();
     for ((layer, head), row) in tile::segments(layers).zip(out.rows_mut()) {

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 
 use super::ops::{Attend, Lag, NormScale, Pool, Positional, TopK, WindowAttention};
-use super::{AttendView, Backend};
+use super::{AttendView, Backend, check};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::ragged::Ragged;
@@ -96,7 +96,7 @@ impl Backend for Cpu {
         Ok(rows)
     }
     fn slice(&self, rows: &Ragged<f32>, range: Range<usize>) -> Result<Ragged<f32>> {
-        rows::expect_rows("rows of a slice", rows.rows().max(range.end), rows.rows())?;
+        check::slice(&range, rows)?;
         Ok(range.map(|i| rows.row(i).to_vec()).collect())
     }
     fn lens(&self, rows: &Ragged<f32>) -> Vec<u32> {

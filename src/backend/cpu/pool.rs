@@ -5,22 +5,13 @@
 
 use rayon::prelude::*;
 
+use crate::backend::check;
 use crate::backend::ops::{Pool, Pooling};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ragged::Ragged;
 
 pub(super) fn run(op: &Pool<'_>, rows: &mut Ragged<f32>) -> Result<()> {
-    if op.kernel.is_multiple_of(2) {
-        return Err(Error::Parameter {
-            name: "kernel",
-            expected: "an odd number",
-            got: op.kernel.to_string(),
-        });
-    }
-    super::rows::expect_rows("pooled lengths", rows.rows(), op.lens.len())?;
-    for (s, &len) in op.lens.iter().enumerate() {
-        super::rows::expect_within("pooled slots of a segment", rows.len(s), len as usize)?;
-    }
+    check::pool(op, rows)?;
     let radius = (op.kernel / 2) as usize;
     rows.rows_mut().into_par_iter().zip(op.lens).for_each(|(row, &len)| {
         let row = &mut row[..len as usize];

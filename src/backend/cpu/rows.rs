@@ -5,39 +5,17 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::HostLayer;
+use crate::backend::check;
 use crate::backend::ops::NormScale;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ragged::Ragged;
-
-/// Checks the number of rows an operation was given.
-pub(super) fn expect_rows(what: &'static str, expected: usize, got: usize) -> Result<()> {
-    if expected == got {
-        return Ok(());
-    }
-    Err(Error::Shape { what, expected: expected as u64, got: got as u64 })
-}
-
-/// Checks that an operation stays within a row.
-pub(super) fn expect_within(what: &'static str, len: usize, end: usize) -> Result<()> {
-    expect_rows(what, len.max(end), len)
-}
-
-/// Checks that `rows` has one row per segment of the views, each as long as the segment.
-pub(super) fn expect_segments(layers: &[HostLayer<'_>], rows: &Ragged<f32>) -> Result<()> {
-    let lens = layers.iter().flat_map(|l| (0..l.shape().kv_heads()).map(|h| l.k().len(h)));
-    expect_rows("score rows (segments)", lens.clone().count(), rows.rows())?;
-    for (expected, got) in lens.zip(rows.lens()) {
-        expect_rows("scores of a segment", expected, got)?;
-    }
-    Ok(())
-}
 
 pub(super) fn scale_norms(
     op: NormScale,
     layers: &[HostLayer<'_>],
     norms: &mut Ragged<f32>,
 ) -> Result<()> {
-    expect_segments(layers, norms)?;
+    check::segments(layers, norms)?;
     let mut first = 0;
     for layer in layers {
         let segments = first..first + layer.shape().kv_heads();
@@ -83,10 +61,7 @@ fn reciprocal(x: f64) -> f64 {
 }
 
 pub(super) fn floor_at_mean(lens: &[u32], rows: &mut Ragged<f32>) -> Result<()> {
-    expect_rows("floored lengths", rows.rows(), lens.len())?;
-    for (s, &len) in lens.iter().enumerate() {
-        expect_within("floored slots of a segment", rows.len(s), len as usize)?;
-    }
+    check::floor_at_mean(lens, rows)?;
     for (s, &len) in lens.iter().enumerate() {
         let row = &mut rows.row_mut(s)[..len as usize];
         if row.is_empty() {
@@ -104,9 +79,8 @@ pub(super) fn floor_at_mean(lens: &[u32], rows: &mut Ragged<f32>) -> Result<()> 
 }
 
 pub(super) fn weigh(epsilon: f32, rows: &Ragged<f32>, norms: &mut Ragged<f32>) -> Result<()> {
-    expect_rows("value norms", rows.rows(), norms.rows())?;
+    check::weigh(rows, norms)?;
     for s in 0..rows.rows() {
-        expect_rows("value norms of a segment", rows.len(s), norms.len(s))?;
         for (norm, &x) in norms.row_mut(s).iter_mut().zip(rows.row(s)) {
             *norm *= x + epsilon;
         }
@@ -115,10 +89,7 @@ pub(super) fn weigh(epsilon: f32, rows: &Ragged<f32>, norms: &mut Ragged<f32>) -
 }
 
 pub(super) fn raise(by: &Ragged<f32>, rows: &mut Ragged<f32>) -> Result<()> {
-    expect_rows("rows to raise by", rows.rows(), by.rows())?;
-    for s in 0..rows.rows() {
-        expect_within("entries to raise by", by.len(s), rows.len(s))?;
-    }
+    check::raise(by, rows)?;
     for s in 0..rows.rows() {
         for (x, &by) in rows.row_mut(s).iter_mut().zip(by.row(s)) {
             // Written so that NaN stays NaN.
@@ -135,12 +106,7 @@ pub(super) fn rank(
     weights: &[f32],
     rows: &mut Ragged<f32>,
 ) -> Result<()> {
-    expect_rows("protected slots of the rows", rows.rows(), protected.rows())?;
-    expect_rows("weights of the rows", rows.rows(), weights.len())?;
-    for (row, protected) in rows.iter().zip(protected.iter()) {
-        let end = protected.iter().map(|r| r.end).max().unwrap_or(0);
-        expect_within("protected slots of a segment", row.len(), end as usize)?;
-    }
+    check::rank(protected, weights, rows)?;
     let rows = rows.rows_mut().into_par_iter().enumerate();
     rows.for_each(|(s, row)| {
         let mut first = vec![false; row.len()];
@@ -168,7 +134,7 @@ pub(super) fn rank(
 }
 
 pub(super) fn share_heads(heads: &[usize], rows: &mut Ragged<f32>) -> Result<()> {
-    expect_rows("heads of the views", heads.iter().sum(), rows.rows())?;
+    check::share_heads(heads, rows)?;
     let mut first = 0;
     for &n in heads {
         let segments = first..first + n;
@@ -176,7 +142,6 @@ pub(super) fn share_heads(heads: &[usize], rows: &mut Ragged<f32>) -> Result<()>
         let len = rows.len(segments.start);
         let mut sum = vec![0f32; len];
         for s in segments.clone() {
-            expect_rows("length of heads that share a selection", len, rows.len(s))?;
             sum.iter_mut().zip(rows.row(s)).for_each(|(a, &x)| *a += x);
         }
         for s in segments {
@@ -187,13 +152,7 @@ pub(super) fn share_heads(heads: &[usize], rows: &mut Ragged<f32>) -> Result<()>
 }
 
 pub(super) fn coarsen(units: &Ragged<Range<u32>>, rows: &Ragged<f32>) -> Result<Ragged<f32>> {
-    expect_rows("units", rows.rows(), units.rows())?;
-    for (units, row) in units.iter().zip(rows.iter()) {
-        for unit in units {
-            expect_within("slots of a unit", row.len(), unit.end.max(unit.start) as usize)?;
-            expect_within("start of a unit", unit.end as usize, unit.start as usize)?;
-        }
-    }
+    check::coarsen(units, rows)?;
     // In f64, so that the mean of recencies, which differ by single ulps, still orders as they do.
     let mean = |row: &[f32], unit: &Range<u32>| {
         let slots = &row[unit.start as usize..unit.end as usize];
@@ -207,11 +166,7 @@ pub(super) fn coarsen(units: &Ragged<Range<u32>>, rows: &Ragged<f32>) -> Result<
 }
 
 pub(super) fn pick(slots: &Ragged<u32>, rows: &Ragged<f32>) -> Result<Ragged<f32>> {
-    expect_rows("picked segments", rows.rows(), slots.rows())?;
-    for (slots, row) in slots.iter().zip(rows.iter()) {
-        let end = slots.iter().max().map_or(0, |&slot| slot as usize + 1);
-        expect_within("picked slots of a segment", row.len(), end)?;
-    }
+    check::pick(slots, rows)?;
     Ok(slots
         .iter()
         .zip(rows.iter())

@@ -13,11 +13,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::backend::check;
 use crate::backend::ops::{Contest, TopK};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ragged::Ragged;
-
-use super::rows::expect_rows;
 
 /// Bits of the digits, most significant first: `(shift, bits)`.
 const DIGITS: [(u32, u32); 3] = [(21, 11), (10, 11), (0, 10)];
@@ -37,13 +36,13 @@ fn key(score: f32) -> u32 {
 
 pub(super) fn run(op: &TopK<'_>, parts: &[(&Ragged<f32>, Range<usize>)]) -> Result<Ragged<u32>> {
     for (part, rows) in parts {
-        expect_rows("rows of a part", part.rows().max(rows.end), part.rows())?;
+        check::within("rows of a part", part.rows(), rows.end)?;
     }
     let scores: Vec<&[f32]> =
         parts.iter().flat_map(|(part, rows)| rows.clone().map(|r| part.row(r))).collect();
-    let lens: Vec<usize> = scores.iter().map(|s| s.len()).collect();
-    validate(op, &lens)?;
-    let mut keys = Ragged::filled(lens.iter().copied(), 0u32);
+    let lens = scores.iter().map(|s| s.len());
+    let mut keys = Ragged::filled(lens, 0u32);
+    check::top_k(op, &keys)?;
     keys.rows_mut().into_par_iter().zip(&scores).enumerate().for_each(|(s, (keys, scores))| {
         keys.iter_mut().zip(*scores).for_each(|(k, &x)| *k = key(x));
         for range in op.protected.row(s) {
@@ -60,44 +59,6 @@ pub(super) fn run(op: &TopK<'_>, parts: &[(&Ragged<f32>, Range<usize>)]) -> Resu
         .enumerate()
         .for_each(|(s, (out, cut))| cut.emit(keys.row(s), out));
     Ok(selection)
-}
-
-fn validate(op: &TopK<'_>, lens: &[usize]) -> Result<()> {
-    expect_rows("protected segments", lens.len(), op.protected.rows())?;
-    for (s, ranges) in op.protected.iter().enumerate() {
-        let mut end = 0;
-        for range in ranges {
-            if range.start < end || range.end < range.start || range.end as usize > lens[s] {
-                return Err(Error::Parameter {
-                    name: "protected ranges",
-                    expected: "ascending, disjoint and within the segment",
-                    got: format!("{range:?} in segment {s} of {} slots", lens[s]),
-                });
-            }
-            end = range.end;
-        }
-    }
-    let mut next = 0;
-    for contest in op.contests {
-        if contest.segments.start != next || contest.segments.end < next {
-            return Err(Error::Parameter {
-                name: "contests",
-                expected: "consecutive segments from 0",
-                got: format!("{:?} after segment {next}", contest.segments),
-            });
-        }
-        next = contest.segments.end;
-        expect_rows("segments of the contests", lens.len().max(next), lens.len())?;
-        expect_rows("floors of a contest", contest.segments.len(), contest.floors.len())?;
-        let held = &lens[contest.segments.clone()];
-        let caps = held.iter().sum::<usize>() as u64;
-        let floors = contest.floors.iter().fold(0u64, |a, &f| a.saturating_add(f));
-        let over = held.iter().zip(&contest.floors).any(|(&len, &floor)| floor > len as u64);
-        if over || floors > contest.budget || contest.budget > caps {
-            return Err(Error::Apportion { total: contest.budget, floors, caps });
-        }
-    }
-    expect_rows("segments of the contests", lens.len(), next)
 }
 
 /// Where a segment is cut: all keys above `threshold`, and the first `ties` keys equal to it.
@@ -219,8 +180,7 @@ impl<'a> Descent<'a> {
 const MASS_ONE: f64 = (1u64 << 40) as f64;
 
 pub(super) fn mass_count(thresholds: &[f32], caps: &[u32], mass: &Ragged<f32>) -> Result<Vec<u32>> {
-    expect_rows("caps of the mass count", mass.rows(), caps.len())?;
-    expect_rows("thresholds of the mass count", mass.rows(), thresholds.len())?;
+    check::mass_count(thresholds, caps, mass)?;
     let rows: Vec<(&[f32], (f32, u32))> =
         mass.iter().zip(thresholds.iter().copied().zip(caps.iter().copied())).collect();
     Ok(rows
@@ -277,8 +237,7 @@ fn smallest_count(row: &[f32], needed: i64) -> usize {
 }
 
 pub(super) fn pin_top(counts: &[u32], by: &Ragged<f32>, rows: &mut Ragged<f32>) -> Result<()> {
-    expect_rows("pinned rows", rows.rows(), by.rows())?;
-    expect_rows("counts of pinned slots", rows.rows(), counts.len())?;
+    check::pin_top(counts, by, rows)?;
     let contests: Vec<Contest> = counts
         .iter()
         .enumerate()
@@ -291,7 +250,6 @@ pub(super) fn pin_top(counts: &[u32], by: &Ragged<f32>, rows: &mut Ragged<f32>) 
     let protected = Ragged::filled(counts.iter().map(|_| 0), 0..0);
     let pinned = run(&TopK { contests: &contests, protected: &protected }, &[(by, 0..by.rows())])?;
     for s in 0..rows.rows() {
-        expect_rows("pinned scores of a segment", rows.len(s), by.len(s))?;
         for &slot in pinned.row(s) {
             rows.row_mut(s)[slot as usize] = f32::INFINITY;
         }

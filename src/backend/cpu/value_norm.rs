@@ -11,8 +11,8 @@
 use rayon::prelude::*;
 
 use super::HostLayer;
-use super::rows::expect_segments;
 use super::tile::{self, LANES, fold, simd};
+use crate::backend::check;
 use crate::error::Result;
 use crate::ragged::Ragged;
 
@@ -21,7 +21,7 @@ const TILE: usize = 256;
 const BLOCK: usize = 256;
 
 pub(super) fn run(layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
-    expect_segments(layers, out)?;
+    check::segments(layers, out)?;
     let mut tasks = Vec::new();
     for ((layer, head), row) in tile::segments(layers).zip(out.rows_mut()) {
         layer.o_proj("value norms")?;

@@ -20,9 +20,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::rows::expect_segments;
 use super::tile::{self, exp, max2, simd};
 use super::{HostLayer, HostSlice};
+use crate::backend::check;
 use crate::backend::ops::{Reduce, WindowAttention};
 use crate::error::{Error, Result};
 use crate::ragged::Ragged;
@@ -42,26 +42,7 @@ pub(super) fn run(
     out: &mut Ragged<f32>,
     mut mean: Option<&mut Ragged<f32>>,
 ) -> Result<()> {
-    if op.window == 0 {
-        return Err(Error::Zero { what: "observation window" });
-    }
-    if let Some(kernel) = op.row_pool.filter(|k| k % 2 == 0) {
-        return Err(Error::Parameter {
-            name: "row_pool",
-            expected: "an odd kernel",
-            got: kernel.to_string(),
-        });
-    }
-    if op.gap > 0 && op.row_pool.is_some() {
-        return Err(Error::Unsupported {
-            what: "window attention with a gap and pooled rows",
-            why: "the mass that a pooled row is scaled back to would depend on the gap",
-        });
-    }
-    expect_segments(layers, out)?;
-    if let Some(mean) = &mean {
-        expect_segments(layers, mean)?;
-    }
+    check::window_attention(op, layers, out, mean.as_deref())?;
     let heads =
         tile::segments(layers).map(|(l, h)| Head::new(op, l, h)).collect::<Result<Vec<_>>>()?;
     let stats = row_stats(&heads);
