@@ -15,7 +15,7 @@ mutants! {
         "pool_avg": "results two bytes too far",
             [0..2, 2] "st.global.f32 [$1], $2;" => "st.global.f32 [$1+2], $2;"; By(Misaligned);
     }
-    "pool", pool::non_finite => {
+    "pool", pool::maxima => {
         "pool_max": "a maximum that forgets NaN", [0..7, 7] "max.NaN.f32" => "max.f32"; Reference;
     }
 }
