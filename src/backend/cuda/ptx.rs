@@ -6,7 +6,16 @@ macro_rules! files {
         &[$(($name, include_str!(concat!("../../../kernels/ptx/", $name, ".ptx")))),*]
     };
 }
-pub(super) const FILES: &[(&str, &str)] = files!("pool" "rows" "window_attention");
+pub(super) const FILES: &[(&str, &str)] = files! {
+    "attend"
+    "attend_mma"
+    "mass_count"
+    "pool"
+    "rank"
+    "rows"
+    "top_k"
+    "window_attention"
+};
 
 #[cfg(test)]
 pub(super) mod tests {
