@@ -3,6 +3,7 @@
 mod device;
 mod errors;
 mod mutants;
+mod window_attention;
 
 use device::Gpu;
 use kvbudget_testkit::{conformance, suite};

@@ -14,6 +14,7 @@ pub(super) const FILES: &[(&str, &str)] = files! {
     "rank"
     "rows"
     "top_k"
+    "window_attention"
 };
 
 #[cfg(test)]
