@@ -109,3 +109,49 @@ impl Heads {
         HeadSlots { rows: table.push(&self.rows), pages: table.push(&self.pages) }
     }
 }
+
+/// Positions of the slots of all segments, on their way to the device.
+pub(super) struct Positions {
+    /// Where each segment's positions start among all; -1 where slot = position.
+    starts: Vec<i64>,
+    all: Vec<u32>,
+    /// One past the last position that a slot has.
+    end: u32,
+}
+
+/// Where [`Positions`] will be.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PositionSlots {
+    /// One per segment.
+    pub starts: Slot<i64>,
+    /// Positions of all.
+    pub all: Slot<u32>,
+}
+
+impl Positions {
+    pub(super) fn new(layers: &[DeviceLayer<'_>]) -> Self {
+        let (mut starts, mut all, mut end) = (Vec::new(), Vec::new(), 0);
+        for layer in layers {
+            for head in 0..layer.shape().kv_heads() {
+                let Some(positions) = layer.positions() else {
+                    starts.push(-1);
+                    end = end.max(layer.k().len(head) as u32);
+                    continue;
+                };
+                starts.push(all.len() as i64);
+                // They ascend.
+                end = end.max(positions[head].last().map_or(0, |last| last.0 + 1));
+                all.extend_from_slice(bytemuck::cast_slice::<_, u32>(&positions[head]));
+            }
+        }
+        Self { starts, all, end }
+    }
+
+    pub(super) fn end(&self) -> u32 {
+        self.end
+    }
+
+    pub(super) fn into_table(self, table: &mut Table) -> PositionSlots {
+        PositionSlots { starts: table.push(&self.starts), all: table.push(&self.all) }
+    }
+}
