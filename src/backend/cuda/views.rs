@@ -1,9 +1,12 @@
 //! Borrowed tensors as kernels see them: per head an address, a stride and, for pages, a table.
 
+use std::ops::Range;
+
 use bytemuck::{Pod, Zeroable};
 
 use super::floats::{Slot, Table};
 use super::{DeviceLayer, DeviceSlice};
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::view::{Layout, Rows};
 
@@ -107,6 +110,46 @@ impl Heads {
 
     pub(super) fn into_table(self, table: &mut Table) -> HeadSlots {
         HeadSlots { rows: table.push(&self.rows), pages: table.push(&self.pages) }
+    }
+}
+
+/// Consecutive segments whose rows have one type and length: what a launch takes.
+pub(super) struct Uniform {
+    /// As the names of kernels have it.
+    pub dtype: &'static str,
+    pub dim: usize,
+    /// Vectors of a row.
+    pub chunks: u32,
+    pub segments: Range<usize>,
+}
+
+/// Largest head dim of the kernels.
+const MOST_DIM: usize = 256;
+
+impl Uniform {
+    /// All segments of some views. Usually they are all alike.
+    ///
+    /// Errors: a head dim above what kernels take.
+    pub(super) fn of(layers: &[DeviceLayer<'_>]) -> Result<Vec<Self>> {
+        let format = |layer: &DeviceLayer<'_>| (layer.k().dtype(), layer.k().dim());
+        let mut first = 0;
+        let alike = layers.chunk_by(|a, b| format(a) == format(b)).map(|alike| {
+            let (dtype, dim) = format(&alike[0]);
+            if dim > MOST_DIM {
+                let (got, limit) = (dim as u64, MOST_DIM as u64);
+                return Err(Error::TooLarge { what: "head dim on CUDA", got, limit });
+            }
+            let end = first + alike.iter().map(|layer| layer.shape().kv_heads()).sum::<usize>();
+            let segments = std::mem::replace(&mut first, end)..end;
+            let chunks = (dim * dtype.size() / VECTOR as usize) as u32;
+            let dtype = match dtype {
+                Dtype::F32 => "f32",
+                Dtype::F16 => "f16",
+                Dtype::BF16 => "bf16",
+            };
+            Ok(Self { dtype, dim, chunks, segments })
+        });
+        alike.collect()
     }
 }
 
