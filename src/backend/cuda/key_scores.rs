@@ -52,7 +52,7 @@ pub(super) fn key_diff(cuda: &Cuda, layers: &[DeviceLayer<'_>], out: &mut Floats
     let mut table = Table::default();
     let keys = Heads::keys(layers)?.into_table(&mut table);
     let sent = table.send(cuda)?;
-    for Uniform { dtype, chunks, dim, segments } in parts {
+    for Uniform { dtype, chunks, dim, segments, .. } in parts {
         let (first, count) = (segments.start, segments.len());
         let sums = grid(out, SUM_ROWS, count);
         let partials = sums.blocks.0 as usize * count * dim * size_of::<f64>();

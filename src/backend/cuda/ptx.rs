@@ -6,7 +6,7 @@ macro_rules! files {
         &[$(($name, include_str!(concat!("../../../kernels/ptx/", $name, ".ptx")))),*]
     };
 }
-pub(super) const FILES: &[(&str, &str)] = files!("key_scores" "pool" "rows");
+pub(super) const FILES: &[(&str, &str)] = files!("key_scores" "lag" "pool" "rows");
 
 #[cfg(test)]
 pub(super) mod tests {

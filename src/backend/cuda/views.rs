@@ -120,6 +120,8 @@ pub(super) struct Uniform {
     pub dim: usize,
     /// Vectors of a row.
     pub chunks: u32,
+    /// Of the views that were given.
+    pub layers: Range<usize>,
     pub segments: Range<usize>,
 }
 
@@ -132,7 +134,7 @@ impl Uniform {
     /// Errors: a head dim above what kernels take.
     pub(super) fn of(layers: &[DeviceLayer<'_>]) -> Result<Vec<Self>> {
         let format = |layer: &DeviceLayer<'_>| (layer.k().dtype(), layer.k().dim());
-        let mut first = 0;
+        let (mut first, mut first_layer) = (0, 0);
         let alike = layers.chunk_by(|a, b| format(a) == format(b)).map(|alike| {
             let (dtype, dim) = format(&alike[0]);
             if dim > MOST_DIM {
@@ -141,13 +143,15 @@ impl Uniform {
             }
             let end = first + alike.iter().map(|layer| layer.shape().kv_heads()).sum::<usize>();
             let segments = std::mem::replace(&mut first, end)..end;
+            let end = first_layer + alike.len();
+            let layers = std::mem::replace(&mut first_layer, end)..end;
             let chunks = (dim * dtype.size() / VECTOR as usize) as u32;
             let dtype = match dtype {
                 Dtype::F32 => "f32",
                 Dtype::F16 => "f16",
                 Dtype::BF16 => "bf16",
             };
-            Ok(Self { dtype, dim, chunks, segments })
+            Ok(Self { dtype, dim, chunks, layers, segments })
         });
         alike.collect()
     }
