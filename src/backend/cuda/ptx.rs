@@ -9,6 +9,8 @@ macro_rules! files {
 pub(super) const FILES: &[(&str, &str)] = files! {
     "attend"
     "attend_mma"
+    "key_scores"
+    "lag"
     "mass_count"
     "pool"
     "rank"
