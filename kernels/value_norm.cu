@@ -59,7 +59,8 @@ struct Share {
         };
         head = channel = tiles = 0;
         if (blocks == 0) return;
-        u32 first = (u64)blocks * blockIdx.z / gridDim.z, end = (u64)blocks * (blockIdx.z + 1) / gridDim.z;
+        u32 share = (blocks + gridDim.z - 1) / gridDim.z;
+        u32 first = min(blocks, blockIdx.z * share), end = min(blocks, first + share);
         head = first / per_head;
         channel = first % per_head * BLOCK;
         tiles = tile(end) - tile(first);

@@ -3,6 +3,8 @@
 mod device;
 mod errors;
 mod mutants;
+mod reference;
+mod speed;
 
 use device::Gpu;
 use kvbudget_testkit::{conformance, suite};

@@ -9,6 +9,7 @@
 mod edit;
 mod pool;
 mod rows;
+mod value_norm;
 
 use std::fmt::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -42,7 +43,7 @@ pub struct Mutant {
     pub expected: &'static [Caught],
 }
 
-const MUTANTS: &[&[Mutant]] = &[pool::MUTANTS, rows::MUTANTS];
+const MUTANTS: &[&[Mutant]] = &[pool::MUTANTS, rows::MUTANTS, value_norm::MUTANTS];
 
 /// `file, drive { kernel: "bug", [which, of] "find" => "with", …; expected, …; }` as a list of [`Mutant`]s.
 macro_rules! mutants {
