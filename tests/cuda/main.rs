@@ -4,6 +4,8 @@ mod bits;
 mod device;
 mod errors;
 mod mutants;
+mod reference;
+mod speed;
 mod window_attention;
 
 use device::Gpu;

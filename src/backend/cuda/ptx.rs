@@ -16,6 +16,7 @@ pub(super) const FILES: &[(&str, &str)] = files! {
     "rank"
     "rows"
     "top_k"
+    "value_norm"
     "window_attention"
 };
 

@@ -11,6 +11,7 @@ mod pool;
 mod rank;
 mod rows;
 mod top_k;
+mod value_norm;
 mod window_attention;
 
 use std::fmt::Write;
@@ -50,6 +51,7 @@ const MUTANTS: &[&[Mutant]] = &[
     rank::MUTANTS,
     rows::MUTANTS,
     top_k::MUTANTS,
+    value_norm::MUTANTS,
     window_attention::MUTANTS,
 ];
 
