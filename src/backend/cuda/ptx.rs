@@ -6,7 +6,7 @@ macro_rules! files {
         &[$(($name, include_str!(concat!("../../../kernels/ptx/", $name, ".ptx")))),*]
     };
 }
-pub(super) const FILES: &[(&str, &str)] = files!("pool" "rows");
+pub(super) const FILES: &[(&str, &str)] = files!("append" "compact" "gather" "pool" "rows");
 
 #[cfg(test)]
 pub(super) mod tests {
