@@ -2,7 +2,7 @@
 
 use kvbudget::backend::cuda::{Cuda, DeviceSlice, Tensor};
 use kvbudget_testkit::data::{Elements, TestDevice};
-use simcuda::Policy;
+use simcuda::{CpAsync, MmaModel, Policy, Schedule, Streams};
 
 /// A device that only this test has. Dropped, it fails if a check of the simulator has found something.
 pub struct Gpu {
@@ -23,6 +23,28 @@ impl Gpu {
         let cuda = Cuda::new(ordinal).expect("a device");
         Self { cuda, ordinal }
     }
+}
+
+/// Every schedule, both visibilities of asynchronous copies, all models of mma, exact and perturbed functions.
+pub fn policies() -> [Policy; 6] {
+    let policy = |schedule, cp_async, mma, perturb, streams, seed| Policy {
+        schedule,
+        cp_async,
+        mma,
+        perturb,
+        streams,
+        seed,
+        ..Policy::default()
+    };
+    use {CpAsync::*, MmaModel::*, Schedule::*, Streams::*};
+    [
+        policy(InOrder, CpAsync::Late, Chain, false, Eager, 0),
+        policy(Quantum(37), Early, Exact, true, Lazy, 1),
+        policy(OneBlock, CpAsync::Late, Truncated, true, Eager, 2),
+        policy(Random, Early, Truncated, false, Lazy, 3),
+        policy(Random, CpAsync::Late, Exact, true, Eager, 4),
+        policy(Quantum(1), CpAsync::Late, Chain, true, Eager, 5),
+    ]
 }
 
 impl Drop for Gpu {
