@@ -1,5 +1,6 @@
 //! The CUDA backend on a GPU or the simulator: everything the contract says, and what only a device can get wrong.
 
+mod cache;
 mod device;
 mod mutants;
 
