@@ -1,8 +1,8 @@
 // Compaction in place: of each segment the rows at the kept slots move to its first rows, with keys, values and
-// positions; then lengths[s] = counts[s]. Kept slots ascend. What follows is about slots: pages change nothing, since
-// no table lists a page twice.
+// positions; then lengths[s] = cuts[s].count, their number. Kept slots ascend; kept[i] stands for the i-th of them. What
+// follows is about slots: pages change nothing, since no table lists a page twice.
 //
-//   slide: row i = row kept[s][i], order stays. Row i is overwritten by row kept[i] >= i, so what tile t overwrites was
+//   slide: row i = row kept[i], order stays. Row i is overwritten by row kept[i] >= i, so what tile t overwrites was
 //          needed by tiles up to t only. Hence the one rule: a tile writes after all tiles before it have read.
 //          Tickets order the tiles by their start, look-back tells when all before have read.
 //   fill:  of the k kept rows, those from slot k on move into the holes below k: as many, by counting. Sources (>= k)
@@ -42,10 +42,10 @@ __device__ inline void wait_for_readers(u32* tiles, i32 tile) {
 
 extern "C" __global__ void __launch_bounds__(256, 4)
     slide(const Rows* __restrict__ all_keys, const Rows* __restrict__ all_values, const u32* __restrict__ pages,
-          u32* const* __restrict__ all_positions, const u32* const* __restrict__ kept,
-          const u32* __restrict__ counts, u32* __restrict__ lengths, u32* states, u32 units) {
+          u32* const* __restrict__ all_positions, const Cut* __restrict__ cuts,
+          const u32* __restrict__ kept, u32* __restrict__ lengths, u32* states, u32 units) {
     __shared__ u32 ticket;
-    u32 s = blockIdx.y, count = counts[s];
+    u32 s = blockIdx.y, count = cuts[s].count;
     u32* mine = states + (u64)s * (gridDim.x + 1);
     if (threadIdx.x == 0) {
         ticket = atomicAdd(mine, 1);
@@ -55,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(256, 4)
     Share share(ticket, units);
     if ((u64)ticket * PER_THREAD * share.step >= count) return;
 
-    const u32* slots = kept[s];
+    const u32* slots = kept + cuts[s].start;
     u32 from[PER_THREAD], to[PER_THREAD];
 #pragma unroll
     for (u32 i = 0; i < PER_THREAD; ++i) {
@@ -94,12 +94,12 @@ template <class Test> __device__ inline u32 bisect(u32 n, Test is_past) {
 
 extern "C" __global__ void __launch_bounds__(256, 4)
     fill(const Rows* __restrict__ all_keys, const Rows* __restrict__ all_values, const u32* __restrict__ pages,
-         u32* const* __restrict__ all_positions, const u32* const* __restrict__ kept, const u32* __restrict__ counts,
+         u32* const* __restrict__ all_positions, const Cut* __restrict__ cuts, const u32* __restrict__ kept,
          u32* __restrict__ lengths, u32 units) {
     __shared__ u32 sources[PER_THREAD * 256], holes[PER_THREAD * 256];
-    u32 s = blockIdx.y, count = counts[s];
+    u32 s = blockIdx.y, count = cuts[s].count;
     if (blockIdx.x == 0 && threadIdx.x == 0) lengths[s] = count;
-    const u32* slots = kept[s];
+    const u32* slots = kept + cuts[s].start;
     u32 below = bisect(count, [&](u32 i) { return slots[i] >= count; });
     u32 moves = count - below;
     Share share(0, units);

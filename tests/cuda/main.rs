@@ -2,6 +2,7 @@
 
 mod cache;
 mod device;
+mod errors;
 mod mutants;
 
 use device::Gpu;

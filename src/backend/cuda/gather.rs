@@ -3,6 +3,7 @@
 use super::Cuda;
 use super::driver::{Memory, Ptr};
 use super::launch::{Grid, Kernel};
+use super::selection::Cut;
 use super::views::HeadRows;
 use crate::error::{Error, Result};
 
@@ -10,20 +11,21 @@ type Keys = Ptr<HeadRows>;
 type Values = Ptr<HeadRows>;
 type Pages = Ptr<u32>;
 type Positions = Ptr<Ptr<u32>>;
-type Slots = Ptr<Ptr<u32>>;
+type Cuts = Ptr<Cut>;
+type Slots = Ptr<u32>;
 
-/// Source, target, kept slots, counts, capacities, lengths, refused, units.
+/// Source, target, cuts, kept slots, counts, capacities, lengths, refused, units.
 #[rustfmt::skip]
 type Gather = (
-    Keys, Values, Pages, Positions, Keys, Values, Pages, Positions, Slots,
+    Keys, Values, Pages, Positions, Keys, Values, Pages, Positions, Cuts, Slots,
     Ptr<u32>, Ptr<u32>, Ptr<u32>, Ptr<u32>, u32,
 );
 const GATHER: Kernel<Gather> = Kernel::new("gather", "gather");
-/// Cache, kept slots, counts, lengths, states, units.
-const SLIDE: Kernel<(Keys, Values, Pages, Positions, Slots, Ptr<u32>, Ptr<u32>, Ptr<u32>, u32)> =
+/// Cache, cuts, kept slots, lengths, states, units.
+const SLIDE: Kernel<(Keys, Values, Pages, Positions, Cuts, Slots, Ptr<u32>, Ptr<u32>, u32)> =
     Kernel::new("compact", "slide");
-/// Cache, kept slots, counts, lengths, units.
-const FILL: Kernel<(Keys, Values, Pages, Positions, Slots, Ptr<u32>, Ptr<u32>, u32)> =
+/// Cache, cuts, kept slots, lengths, units.
+const FILL: Kernel<(Keys, Values, Pages, Positions, Cuts, Slots, Ptr<u32>, u32)> =
     Kernel::new("compact", "fill");
 
 const THREADS: u32 = 256;
@@ -61,11 +63,12 @@ pub(super) const COUNTERS: usize = 4;
 /// Slots to keep, on the device.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Kept {
-    /// Ascending slots of each head; null for all slots.
-    pub slots: Ptr<Ptr<u32>>,
-    /// Their number, by head.
+    /// Of each head, its part of `slots`; null for the first `counts`.
+    pub cuts: Ptr<Cut>,
+    /// Ascending in each part.
+    pub slots: Ptr<u32>,
     pub counts: Ptr<u32>,
-    /// The host's upper bound of the counts.
+    /// The host's upper bound of what a head keeps.
     pub most: u32,
 }
 
@@ -100,6 +103,7 @@ pub(super) fn gather(cuda: &Cuda, from: Source, to: Held, kept: Kept) -> Result<
         to.rows.values,
         to.rows.pages,
         to.rows.positions,
+        kept.cuts,
         kept.slots,
         kept.counts,
         to.capacities,
@@ -115,8 +119,7 @@ pub(super) fn slide(cuda: &Cuda, cache: Held, kept: Kept, states: &Memory) -> Re
     states.clear(0, slide_bytes(kept.most, cache.heads, cache.units))?;
     let Source { keys, values, pages, positions } = cache.rows;
     let (lengths, units, states) = (cache.lengths, cache.units, states.at(0));
-    let arguments =
-        (keys, values, pages, positions, kept.slots, kept.counts, lengths, states, units);
+    let arguments = (keys, values, pages, positions, kept.cuts, kept.slots, lengths, states, units);
     SLIDE.launch(&cuda.driver, "", grid(kept.most, cache.heads, units), arguments)
 }
 
@@ -124,7 +127,7 @@ pub(super) fn slide(cuda: &Cuda, cache: Held, kept: Kept, states: &Memory) -> Re
 pub(super) fn fill(cuda: &Cuda, cache: Held, kept: Kept) -> Result<()> {
     let Source { keys, values, pages, positions } = cache.rows;
     let (lengths, units) = (cache.lengths, cache.units);
-    let arguments = (keys, values, pages, positions, kept.slots, kept.counts, lengths, units);
+    let arguments = (keys, values, pages, positions, kept.cuts, kept.slots, lengths, units);
     FILL.launch(&cuda.driver, "", grid(kept.most, cache.heads, units), arguments)
 }
 

@@ -7,20 +7,17 @@ use crate::error::Result;
 /// Rows start at whole sectors.
 const SECTOR: usize = 32;
 
-/// Rows of u32 with room for so many each: a table of their addresses, their lengths, then the rows.
+/// Rows of u32 with room for so many each: a table of their addresses, then the rows.
 pub(super) struct Lists {
     memory: Memory,
     /// Byte at which each row starts.
     starts: Vec<usize>,
-    /// Byte at which the lengths start.
-    lengths: usize,
 }
 
 impl Lists {
-    /// Rows and lengths of undefined contents.
+    /// Rows of undefined contents.
     pub(super) fn new(cuda: &Cuda, what: &'static str, capacity: &[u32]) -> Result<Self> {
-        let lengths = capacity.len() * size_of::<u64>();
-        let mut end = (lengths + size_of_val(capacity)).next_multiple_of(SECTOR);
+        let mut end = (capacity.len() * size_of::<u64>()).next_multiple_of(SECTOR);
         let mut starts = Vec::with_capacity(capacity.len());
         for &n in capacity {
             starts.push(end);
@@ -29,14 +26,13 @@ impl Lists {
         let memory = Memory::new(&cuda.driver, what, end)?;
         let addresses: Vec<u64> = starts.iter().map(|&s| memory.at::<u32>(s).address).collect();
         memory.write(0, &addresses)?;
-        Ok(Self { memory, starts, lengths })
+        Ok(Self { memory, starts })
     }
 
     /// Copies rows to the device.
     pub(super) fn upload(cuda: &Cuda, what: &'static str, rows: &[Vec<u32>]) -> Result<Self> {
         let lens: Vec<u32> = rows.iter().map(|row| row.len() as u32).collect();
         let lists = Self::new(cuda, what, &lens)?;
-        lists.memory.write(lists.lengths, &lens)?;
         for (row, &start) in rows.iter().zip(&lists.starts) {
             lists.memory.write(start, row)?;
         }
@@ -47,11 +43,6 @@ impl Lists {
     pub(super) fn rows(&self) -> Ptr<Ptr<u32>> {
         self.memory.at(0)
     }
-    /// Length of each row, on the device.
-    pub(super) fn lengths(&self) -> Ptr<u32> {
-        self.memory.at(self.lengths)
-    }
-
     /// Waits for the stream, then reads the first entries of each row.
     pub(super) fn read(&self, lens: &[u32]) -> Result<Vec<Vec<u32>>> {
         let rows = self.starts.iter().zip(lens);

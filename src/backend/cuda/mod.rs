@@ -18,9 +18,12 @@ mod key_scores;
 mod lag;
 mod launch;
 mod lists;
+mod mass_count;
 mod pool;
 mod ptx;
+mod rank;
 mod rows;
+mod selection;
 mod top_k;
 mod value_norm;
 mod views;
@@ -230,7 +233,7 @@ impl Backend for Cuda {
         rows::raise(self, by, rows)
     }
     fn mass_count(&self, thresholds: &[f32], caps: &[u32], mass: &Floats) -> Result<Vec<u32>> {
-        top_k::mass_count(self, thresholds, caps, mass)
+        mass_count::run(self, thresholds, caps, mass)
     }
     fn pin_top(&self, counts: &[u32], by: &Floats, rows: &mut Floats) -> Result<()> {
         top_k::pin_top(self, counts, by, rows)
@@ -241,7 +244,7 @@ impl Backend for Cuda {
         weights: &[f32],
         rows: &mut Floats,
     ) -> Result<()> {
-        rows::rank(self, protected, weights, rows)
+        rank::run(self, protected, weights, rows)
     }
     fn share_heads(&self, heads: &[usize], rows: &mut Floats) -> Result<()> {
         rows::share_heads(self, heads, rows)
@@ -282,7 +285,10 @@ fn signatures() -> Vec<ptx::tests::Signature> {
         gather::signatures(),
         pool::signatures(),
         rows::signatures(),
+        selection::signatures(),
         top_k::signatures(),
+        mass_count::signatures(),
+        rank::signatures(),
         window_attention::signatures(),
         value_norm::signatures(),
         key_scores::signatures(),

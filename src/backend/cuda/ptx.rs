@@ -6,7 +6,8 @@ macro_rules! files {
         &[$(($name, include_str!(concat!("../../../kernels/ptx/", $name, ".ptx")))),*]
     };
 }
-pub(super) const FILES: &[(&str, &str)] = files!("append" "compact" "gather" "pool" "rows");
+pub(super) const FILES: &[(&str, &str)] =
+    files!("append" "compact" "gather" "mass_count" "pool" "rank" "rows" "top_k");
 
 #[cfg(test)]
 pub(super) mod tests {

@@ -28,8 +28,8 @@ pub(super) struct HeadRows {
 
 impl HeadRows {
     /// Rows at a fixed stride in bytes.
-    pub(super) fn strided(base: u64, stride: i64) -> Self {
-        Self { base, stride, table: -1, page: 0, magic: 0, shift: 0, unused: 0 }
+    pub(super) fn strided(base: u64, stride: usize) -> Self {
+        Self { base, stride: stride as i64, table: -1, page: 0, magic: 0, shift: 0, unused: 0 }
     }
 
     /// Rows of `row` bytes in pages of `page` rows, from entry `table` of the page tables on.
@@ -83,9 +83,9 @@ impl Heads {
             let of_head = match tensor.layout() {
                 _ if tensor.len(head) == 0 => HeadRows::strided(base, 0),
                 Layout::Strided { row_stride, .. } => {
-                    HeadRows::strided(start()?, aligned(row_stride as u64 * size)? as i64)
+                    HeadRows::strided(start()?, aligned(row_stride as u64 * size)? as usize)
                 }
-                Layout::Ragged { .. } => HeadRows::strided(start()?, row as i64),
+                Layout::Ragged { .. } => HeadRows::strided(start()?, row as usize),
                 Layout::Paged { page, tables, .. } => {
                     let table = self.pages.len();
                     self.pages.extend_from_slice(&tables[head]);

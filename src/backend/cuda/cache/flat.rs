@@ -4,11 +4,9 @@
 //! fills without moving anything.
 
 use super::super::driver::Memory;
-use super::super::gather::Kept;
-use super::super::lists::Lists;
 use super::super::views::HeadRows;
-use super::super::{Cuda, DeviceLayer, DeviceSlice};
-use super::slots::{self, Order, Places, Slots};
+use super::super::{Cuda, DeviceLayer, DeviceSlice, Selection};
+use super::slots::{self, Chosen, Order, Places, Slots};
 use super::snapshot::{Place, Snapshot};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -37,12 +35,27 @@ impl FlatCache {
         kept: &Ragged<Position>,
         slack: u32,
     ) -> Result<Self> {
-        let lists = slots::slots_of_view(view, kept)?;
+        let chosen = Chosen::upload(cuda, &slots::slots_of_view(view, kept)?)?;
         let capacity = slots::with_slack(kept.lens(), slack)?;
-        let lists = Lists::upload(cuda, "kept slots", &lists)?;
-        let most = kept.lens().max().unwrap_or(0) as u32;
-        let kept = Kept { slots: lists.rows(), counts: lists.lengths(), most };
         let cache = Self::new(cuda, view, capacity)?;
+        cache.slots.fill_from(view, chosen.kept())?;
+        Ok(cache)
+    }
+
+    /// Copies what a selection keeps of `view`, whose heads are its segments from `first` on, with room for `capacity[h]`
+    /// slots of head `h`. Nothing is read back: how many slots each head keeps stays on the device. A head that
+    /// keeps more than its capacity becomes empty, and [`Self::check`] is an error from then on.
+    ///
+    /// Errors: as [`Self::gather`]; segments that are not the view's heads.
+    pub fn gather_selected(
+        cuda: &Cuda,
+        view: &DeviceLayer<'_>,
+        selection: &Selection,
+        first: usize,
+        capacity: &[u32],
+    ) -> Result<Self> {
+        let kept = slots::kept_of_view(view, selection, first, capacity)?;
+        let cache = Self::new(cuda, view, capacity.to_vec())?;
         cache.slots.fill_from(view, kept)?;
         Ok(cache)
     }
@@ -67,7 +80,7 @@ impl FlatCache {
         let v = Memory::new(&cuda.driver, what, bytes)?;
         let heads = |memory: &Memory| {
             let base = memory.at::<u8>(0).address;
-            starts.iter().map(|start| HeadRows::strided(base + start * row, row as i64)).collect()
+            starts.iter().map(|start| HeadRows::strided(base + start * row, row as usize)).collect()
         };
         let places = Places { keys: heads(&k), values: heads(&v), pages: vec![] };
         let slots = Slots::new(cuda, of, tokens, capacity, &places)?;
@@ -80,6 +93,18 @@ impl FlatCache {
     /// Errors: another number of heads, positions out of order or not held.
     pub fn compact(&mut self, kept: &Ragged<Position>, order: Order) -> Result<()> {
         self.slots.compact(kept, order)
+    }
+
+    /// Thins the heads to what a selection keeps of them, in place: head `h` is its segment `first + h`. Launches only.
+    ///
+    /// Errors: fewer segments than heads, segments longer than the heads' capacities.
+    pub fn compact_selected(
+        &mut self,
+        selection: &Selection,
+        first: usize,
+        order: Order,
+    ) -> Result<()> {
+        self.slots.compact_selected(selection, first, order)
     }
 
     /// Moves everything to new buffers with room for `slack` more slots per head, and frees the old ones. Reads lengths

@@ -8,11 +8,10 @@
 use std::sync::Arc;
 
 use super::super::gather::Kept;
-use super::super::lists::Lists;
 use super::super::views::HeadRows;
-use super::super::{Cuda, DeviceLayer, DeviceSlice};
+use super::super::{DeviceLayer, DeviceSlice, Selection};
 use super::pool::PagePool;
-use super::slots::{self, Order, Places, Slots};
+use super::slots::{self, Chosen, Order, Places, Slots};
 use super::snapshot::{Place, Snapshot};
 use crate::cache::slots::expect;
 use crate::error::{Error, Result};
@@ -45,12 +44,25 @@ impl PagedCache {
         kept: &Ragged<Position>,
         slack: u32,
     ) -> Result<Self> {
-        let lists = slots::slots_of_view(view, kept)?;
+        let chosen = Chosen::upload(&pool.cuda, &slots::slots_of_view(view, kept)?)?;
         let capacity = slots::with_slack(kept.lens(), slack)?;
-        let lists = Lists::upload(&pool.cuda, "kept slots", &lists)?;
-        let most = kept.lens().max().unwrap_or(0) as u32;
-        let kept = Kept { slots: lists.rows(), counts: lists.lengths(), most };
-        Self::filled(pool, view, kept, capacity)
+        Self::filled(pool, view, chosen.kept(), capacity)
+    }
+
+    /// Copies what a selection keeps of `view`, whose heads are its segments from `first` on, to pages for `capacity[h]`
+    /// slots of head `h`. Nothing is read back: how many slots each head keeps stays on the device. A head that
+    /// keeps more than its capacity becomes empty, and [`Self::check`] is an error from then on.
+    ///
+    /// Errors: as [`Self::gather`]; segments that are not the view's heads.
+    pub fn gather_selected(
+        pool: &mut PagePool,
+        view: &DeviceLayer<'_>,
+        selection: &Selection,
+        first: usize,
+        capacity: &[u32],
+    ) -> Result<Self> {
+        let kept = slots::kept_of_view(view, selection, first, capacity)?;
+        Self::filled(pool, view, kept, capacity.to_vec())
     }
 
     fn filled(
@@ -107,6 +119,20 @@ impl PagedCache {
     ) -> Result<()> {
         self.check_pool(pool)?;
         self.slots.compact(kept, order)
+    }
+
+    /// Thins the heads to what a selection keeps of them, in place: head `h` is its segment `first + h`. Launches only.
+    ///
+    /// Errors: fewer segments than heads, segments longer than the heads' capacities, another pool.
+    pub fn compact_selected(
+        &mut self,
+        pool: &mut PagePool,
+        selection: &Selection,
+        first: usize,
+        order: Order,
+    ) -> Result<()> {
+        self.check_pool(pool)?;
+        self.slots.compact_selected(selection, first, order)
     }
 
     /// Waits for the stream, then takes and gives back pages so that each head has those that its slots and `slack` more

@@ -5,8 +5,9 @@ use super::super::driver::{Memory, Ptr};
 use super::super::floats::{Sent, Slot, Table};
 use super::super::gather::{COUNTERS, Held, Kept, REFUSED, SEEN, Source};
 use super::super::lists::Lists;
+use super::super::selection::Cut;
 use super::super::views::{HeadRows, Heads};
-use super::super::{Cuda, DeviceLayer, DeviceSlice, append, gather};
+use super::super::{Cuda, DeviceLayer, DeviceSlice, Selection, append, gather};
 use crate::cache::slots as host;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -156,15 +157,34 @@ impl Slots {
 
     /// Thins the heads to `kept` positions, which are checked, in place.
     pub(super) fn compact(&mut self, kept: &Ragged<Position>, order: Order) -> Result<()> {
-        let lists = Lists::upload(&self.cuda, "kept slots", &self.slots_of(kept)?)?;
-        let most = kept.lens().max().unwrap_or(0) as u32;
-        self.thin(Kept { slots: lists.rows(), counts: lists.lengths(), most }, order)
+        let chosen = Chosen::upload(&self.cuda, &self.slots_of(kept)?)?;
+        self.thin(chosen.kept(), order)
+    }
+
+    /// Thins the heads to selected slots in place.
+    pub(super) fn compact_selected(
+        &mut self,
+        selection: &Selection,
+        first: usize,
+        order: Order,
+    ) -> Result<()> {
+        let segments = selected(selection, first, self.capacity.len())?;
+        let mut most = 0;
+        for (&capacity, &(len, bound)) in self.capacity.iter().zip(segments) {
+            // Slots of scores that are older or newer than the cache may be wrong, but lie in its memory.
+            if len > capacity {
+                let (what, expected) = ("slots of a selected segment", capacity.into());
+                return Err(Error::Shape { what, expected, got: len.into() });
+            }
+            most = most.max(bound);
+        }
+        self.thin(kept_of(selection, first, most), order)
     }
 
     /// Copies all slots of another cache, whose heads hold `most` at most.
     pub(super) fn take_all(&mut self, from: &Self, most: u32) -> Result<()> {
         let source = from.held();
-        let kept = Kept { slots: Ptr::NULL, counts: source.lengths, most };
+        let kept = Kept { cuts: Ptr::NULL, slots: Ptr::NULL, counts: source.lengths, most };
         gather::gather(&self.cuda, source.rows, self.held(), kept)?;
         self.ascending = from.ascending;
         Ok(())
@@ -282,6 +302,64 @@ fn slots_of(held: host::Held<'_>, head: usize, kept: &[Position], tokens: u32) -
     held.check(head, kept, tokens)?;
     let moves = held.moves(kept, 0, kept.len());
     Ok(moves.flat_map(|m| m.from as u32..(m.from + m.rows) as u32).collect())
+}
+
+/// Slots that the host chose, on the device.
+pub(super) struct Chosen {
+    sent: Sent,
+    cuts: Slot<Cut>,
+    slots: Slot<u32>,
+    most: u32,
+}
+
+impl Chosen {
+    pub(super) fn upload(cuda: &Cuda, rows: &[Vec<u32>]) -> Result<Self> {
+        let (mut table, mut start) = (Table::default(), 0);
+        let cut = |row: &Vec<u32>| {
+            start += row.len();
+            Cut::chosen(start - row.len(), row.len())
+        };
+        let cuts = table.push(&rows.iter().map(cut).collect::<Vec<_>>());
+        let slots = table.push(&rows.concat());
+        let most = rows.iter().map(|row| row.len() as u32).max().unwrap_or(0);
+        Ok(Self { sent: table.send(cuda)?, cuts, slots, most })
+    }
+
+    pub(super) fn kept(&self) -> Kept {
+        let (cuts, slots) = (self.sent.at(self.cuts), self.sent.at(self.slots));
+        Kept { cuts, slots, counts: Ptr::NULL, most: self.most }
+    }
+}
+
+/// Segments `first ..` of a selection: their slots, and how many they keep at most.
+fn selected(selection: &Selection, first: usize, heads: usize) -> Result<&[(u32, u32)]> {
+    let all = selection.segments();
+    let end = first.saturating_add(heads);
+    host::expect("segments of a selection", all.len().max(end), all.len())?;
+    Ok(&all[first..end])
+}
+
+fn kept_of(selection: &Selection, first: usize, most: u32) -> Kept {
+    let (cuts, slots) = (selection.cuts().add(first), selection.positions());
+    Kept { cuts, slots, counts: Ptr::NULL, most }
+}
+
+/// What is selected of a view, for heads of these capacities.
+pub(super) fn kept_of_view(
+    view: &DeviceLayer<'_>,
+    selection: &Selection,
+    first: usize,
+    capacity: &[u32],
+) -> Result<Kept> {
+    let heads = view.k().heads();
+    host::expect("capacities of heads", heads, capacity.len())?;
+    let mut most = 0;
+    for (h, &(len, bound)) in selected(selection, first, heads)?.iter().enumerate() {
+        host::expect("slots of a selected segment", view.k().len(h), len as usize)?;
+        most = most.max(bound.min(capacity[h]));
+    }
+    with_slack(capacity.iter().map(|&n| n as usize), 0)?;
+    Ok(kept_of(selection, first, most))
 }
 
 /// The slots of kept positions of a view, which are checked.
