@@ -4,15 +4,16 @@
 // Masses are integers of 2^-40, rounded half up; thresholds come so from the host. Sums of integers have no order.
 // A radix descent over ordered keys, digits of 11, 11 and 10 bits, that counts masses and entries by digit.
 //
-// Launch: grid (1, rows), 1024 threads. A row is read three times by one multiprocessor: it is as long as a head's cache,
-// and every head has one. Source: the CPU backend's top_k.rs.
+// Launch: grid (1, rows), 1024 threads. A row is read three times by one multiprocessor: it is no longer than a head's
+// cache, and every head has one. Source: the CPU backend's top_k.rs.
 // gates: mass_count LDG.E.128.CONSTANT>=1 ATOMS.POPC.INC !ATOMS.CAS !ATOMG registers<=64
 #include "scores.cuh"
 
 constexpr u32 THREADS = 1024, BINS = 2048;
 constexpr i64 ONE = 1ll << 40;
 
-// The CPU's `(f64::from(mass) * 2^40).round() as u64`: NaN and what is below zero become 0, what is too large the largest.
+// The CPU's `(f64::from(mass) * 2^40).round() as u64`: NaN and what is below zero become 0, what is too large the
+// largest.
 __device__ inline u64 fixed(float mass) {
     u32 bits = __float_as_uint(mass), exponent = bits >> 23;
     if (!(mass > 0.0f)) return 0;

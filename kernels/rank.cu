@@ -1,16 +1,16 @@
-// Ranks: the n-th slot of a row, protected slots first, then score descending (-0 = +0, NaN lowest), then slot ascending,
-// gets weights[r] / n, a correctly rounded quotient. Infinity and NaN stay what they are.
+// Ranks: the n-th slot of a row, protected slots first, then score descending (-0 = +0, NaN lowest), then slot
+// ascending, gets weights[r] / n, a correctly rounded quotient. Infinity and NaN stay what they are.
 //
 // A stable radix sort per row, last digit first, of 64-bit elements: 33 bits by which smaller is better, the slot below
 // them. Four digits of 9 bits, two launches each:
 //
-//   rank_count   digits of each tile of 2048 elements; the row's last block turns them into where each tile's elements of
-//                each digit go
+//   rank_count   digits of each tile of 2048 elements; the row's last block turns them into where each tile's elements
+//                of each digit go
 //   rank_place   puts elements there in the order in which they are; after the last digit their places are the ranks
 //
 // Pass 0 reads scores, others what the pass before has put. Launch: grid (ceil(longest / 2048), rows), 256 threads.
 // `arrivals` are zeroed before pass 0. Rows start at multiples of 4 bytes, have fewer than 2^31 slots.
-// Reads and writes per slot: 4 + 4 + 7 * 8 bytes, and 4 bytes for the rank. Source: Satish, Harris and Garland, Designing efficient sorting
+// Moved per slot: 84 bytes, and 20 of tables. Source: Satish, Harris and Garland, Designing efficient sorting
 // algorithms for manycore GPUs (IPDPS 2009); ranks within a warp by match, as in CUB.
 // gates: rank_count ATOMS.POPC.INC !ATOMS.CAS ATOMG==1 registers<=48
 // gates: rank_place MATCH.ANY>=8 !ATOMS !ATOMG MUFU.RCP registers<=80
@@ -83,9 +83,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    rank_place(float* const* rows, const u32* lengths, const Ranked* ranked, const Span* spans, const u64* from, u64* to,
-               const u32* counts, u32 pass) {
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+    rank_place(float* const* rows, const u32* lengths, const Ranked* ranked, const Span* spans, const u64* from,
+               u64* to, const u32* counts, u32 pass) {
     __shared__ u32 places[THREADS / 32][DIGITS];
     u32 length = lengths[blockIdx.y];
     if (blockIdx.x >= tiles_of(length)) return;
@@ -103,7 +103,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (u32 i = 0; i < ROUNDS; ++i) {
         bool exists = first + i * 32 < length;
         u32 digit = elements.digit(element[i]);
-        u32 peers = __match_any_sync(ALL_LANES, exists ? digit : DIGITS), before = __popc(peers & ((1 << lane_id()) - 1));
+        u32 peers = __match_any_sync(ALL_LANES, exists ? digit : DIGITS), lower = (1 << lane_id()) - 1;
+        u32 before = __popc(peers & lower);
         if (exists) rank[i] = places[warp_id()][digit] + before;
         __syncwarp();
         if (exists && before == 0) places[warp_id()][digit] = rank[i] + __popc(peers);

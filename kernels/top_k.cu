@@ -19,7 +19,8 @@
 //   top_k_emit      reads bits and candidates, never the scores: slots ascending, tile after tile by look-back
 //   top_k_pin       sets rows to infinity at the selected slots
 //
-// With candidates a share c of N slots that is 2 N keys, 3/32 N words of bits and 2 c N candidates read. All equal, c is 1.
+// With a share c of N slots as candidates that is 2 N keys, 3/32 N words of bits and 2 c N candidates read. All equal,
+// c is 1; uniform, 1/8 where the cut is in the largest quarter of an octave.
 //
 // Launch: levels grid (ceil(longest / 4096 / tiles), segments), emit grid (ceil(longest / 4096), segments), pin grid
 // (ceil(largest count / 1024), segments), 256 threads each. `tallies`, `contest_tallies`, `steps`, `status` and, where
@@ -30,8 +31,8 @@
 // Source: the CPU backend's top_k.rs; look-back as in Merrill and Garland, Single-pass parallel prefix scan with
 // decoupled look-back (NVR-2016-002).
 // gates: top_k_level_0 LDG.E.128.CONSTANT>=4 ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=48
-// gates: top_k_level_1 LDG.E.128.CONSTANT>=4 VOTE>=32 ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=48
-// gates: top_k_level_2 REDUX ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=64
+// gates: top_k_level_1 LDG.E.128.CONSTANT>=4 VOTE>=32 ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=64
+// gates: top_k_level_2 REDUX ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=80
 // gates: top_k_emit VOTE>=32 REDUX ATOMG==1 !ATOMS !MEMBAR registers<=80
 // gates: top_k_pin STG.E
 #include "scores.cuh"
@@ -58,20 +59,14 @@ struct Tally {
     u32 arrivals, ticket;
     u32 unused[3];
 };
-// total(b) of a contest of several segments is `least` of no bin at all and `steps[level][b]`, by how much total(b) exceeds
-// total(b + 1): a segment adds to the few bins where it has keys.
+// total(b) of a contest of several segments is `least` of no bin at all, and `steps[level][b]` is by how much total(b)
+// exceeds total(b + 1): a segment adds to the few bins where it has keys.
 struct ContestTally {
     u32 prefix, least[3];
     u32 arrivals;
     u32 unused[3];
 };
-// What a segment keeps, the twin of `Cut` in selection.rs: all keys above the threshold and the first `ties` equal to it,
-// `count` in all, whose slots lie in `positions` from `positions` on.
-struct Cut {
-    u64 positions;
-    u32 count, threshold, ties;
-    u32 unused;
-};
+static_assert(sizeof(Tally) == 32 && sizeof(ContestTally) == 32 && sizeof(Cut) == 24, "as selection.rs has them");
 
 __device__ inline u32 tiles_of(u32 length) { return length / TILE + (length % TILE > 0); }
 
@@ -299,9 +294,9 @@ template <int LEVEL> __device__ inline void descend(const Descent& d, u32 tiles)
     }
 }
 
-// Five blocks a multiprocessor: enough loads in flight. Four where candidates, which are few, are read.
+// Blocks a multiprocessor: enough loads in flight. Level 1 needs more registers; level 2 more still, and loads little.
 #define TOP_K_LEVEL(LEVEL)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS, LEVEL == 2 ? 4 : 5)                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS, 5 - LEVEL)                                                   \
         top_k_level_##LEVEL(const float* const* rows, const u32* lengths, const Segment* segments, const Span* spans,  \
                             const Contest* contests, Tally* tallies, ContestTally* contest_tallies, u32* steps,        \
                             u32* histograms, u32* marks, u32* candidates, Cut* cuts, u32 tiles) {                      \

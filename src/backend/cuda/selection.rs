@@ -79,8 +79,8 @@ pub(super) struct Group {
     steps: u32,
 }
 
-/// What is kept of a segment: `count` slots, ascending, from `start` on among the positions. The twin of `Cut` in
-/// `kernels/top_k.cu`.
+/// What is kept of a segment: `count` slots, ascending, from `start` on among the positions of all. The twin of `Cut` in
+/// `kernels/scores.cuh`.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct Cut {
@@ -311,3 +311,6 @@ pub(super) fn launch(
 pub(super) fn signatures() -> Vec<super::ptx::tests::Signature> {
     vec![(&LEVEL).into(), (&EMIT).into()]
 }
+
+#[cfg(test)]
+mod tests;
