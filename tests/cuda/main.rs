@@ -4,6 +4,7 @@ mod cache;
 mod device;
 mod errors;
 mod mutants;
+mod window_attention;
 
 use device::Gpu;
 use kvbudget_testkit::{conformance, suite};

@@ -6,7 +6,7 @@ macro_rules! files {
         &[$(($name, include_str!(concat!("../../../kernels/ptx/", $name, ".ptx")))),*]
     };
 }
-pub(super) const FILES: &[(&str, &str)] = files!("append" "attend" "attend_mma" "compact" "gather" "mass_count" "pool" "rank" "rows" "top_k");
+pub(super) const FILES: &[(&str, &str)] = files!("append" "attend" "attend_mma" "compact" "gather" "mass_count" "pool" "rank" "rows" "top_k" "window_attention");
 
 #[cfg(test)]
 pub(super) mod tests {

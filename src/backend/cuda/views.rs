@@ -1,5 +1,7 @@
 //! Borrowed tensors as kernels see them: per head an address, a stride and, for pages, a table.
 
+use std::ops::Range;
+
 use bytemuck::{Pod, Zeroable};
 
 use super::floats::{Slot, Table};
@@ -42,9 +44,13 @@ impl HeadRows {
 
 /// Checks an address or a number of bytes.
 pub(super) fn aligned(what: &'static str, got: u64) -> Result<u64> {
-    match got % VECTOR {
+    aligned_to(what, got, VECTOR)
+}
+
+fn aligned_to(what: &'static str, got: u64, expected: u64) -> Result<u64> {
+    match got % expected {
         0 => Ok(got),
-        _ => Err(Error::Misaligned { what, got, expected: VECTOR }),
+        _ => Err(Error::Misaligned { what, got, expected }),
     }
 }
 
@@ -65,18 +71,42 @@ pub(super) struct HeadSlots {
 }
 
 impl Heads {
-    /// Adds all heads of a tensor.
+    /// Adds all heads of a tensor; where they are among all.
     ///
     /// Errors: rows that do not start at multiples of 16 bytes or are no multiple of 16 bytes long.
     pub(super) fn push(
         &mut self,
         what: &'static str,
         tensor: &Rows<'_, DeviceSlice<'_>>,
-    ) -> Result<()> {
+    ) -> Result<Range<usize>> {
+        self.add(what, tensor, VECTOR)
+    }
+
+    /// As [`Self::push`], for rows that are read element by element.
+    pub(super) fn push_scalars(
+        &mut self,
+        what: &'static str,
+        tensor: &Rows<'_, DeviceSlice<'_>>,
+    ) -> Result<Range<usize>> {
+        self.add(what, tensor, tensor.dtype().size() as u64)
+    }
+
+    /// One of the heads added so far.
+    pub(super) fn row(&self, head: usize) -> HeadRows {
+        self.rows[head]
+    }
+
+    fn add(
+        &mut self,
+        what: &'static str,
+        tensor: &Rows<'_, DeviceSlice<'_>>,
+        vector: u64,
+    ) -> Result<Range<usize>> {
+        let first = self.rows.len();
         let size = tensor.dtype().size() as u64;
         let base = tensor.storage().address();
         let row = tensor.dim() as u64 * size;
-        let aligned = |got| aligned(what, got);
+        let aligned = |got| aligned_to(what, got, vector);
         aligned(row)?;
         for head in 0..tensor.heads() {
             let start = || aligned(base + tensor.start(head, 0) as u64 * size);
@@ -94,20 +124,20 @@ impl Heads {
             };
             self.rows.push(of_head);
         }
-        Ok(())
+        Ok(first..self.rows.len())
     }
 
     /// Keys of all segments of some views.
     pub(super) fn keys(layers: &[DeviceLayer<'_>]) -> Result<Self> {
         let mut heads = Self::default();
-        layers.iter().try_for_each(|layer| heads.push("keys", layer.k()))?;
+        layers.iter().try_for_each(|layer| heads.push("keys", layer.k()).map(drop))?;
         Ok(heads)
     }
 
     /// Values of all segments of some views.
     pub(super) fn values(layers: &[DeviceLayer<'_>]) -> Result<Self> {
         let mut heads = Self::default();
-        layers.iter().try_for_each(|layer| heads.push("values", layer.v()))?;
+        layers.iter().try_for_each(|layer| heads.push("values", layer.v()).map(drop))?;
         Ok(heads)
     }
 

@@ -36,8 +36,8 @@ macro_rules! for_each_case {
             top_k: lengths values floors contests tiles parts random_problems pins masses errors;
             top_k_golden: cases;
             value_norm: lengths shapes storage batches compressed zeros errors;
-            window_attention: lengths windows reductions shapes storage log_sum_exps keys gaps compressed
-                batches non_finite errors;
+            window_attention: lengths windows reductions shapes dims many_rows long_rows storage log_sum_exps keys
+                gaps compressed batches non_finite errors;
         }
     };
 }
