@@ -7,13 +7,19 @@ macro_rules! files {
     };
 }
 pub(super) const FILES: &[(&str, &str)] = files! {
+    "append"
     "attend"
     "attend_mma"
+    "compact"
+    "gather"
+    "key_scores"
+    "lag"
     "mass_count"
     "pool"
     "rank"
     "rows"
     "top_k"
+    "value_norm"
     "window_attention"
 };
 

@@ -11,6 +11,7 @@ mod pool;
 mod rank;
 mod rows;
 mod top_k;
+mod value_norm;
 mod window_attention;
 
 use std::fmt::Write;
@@ -45,8 +46,14 @@ pub struct Mutant {
     pub expected: &'static [Caught],
 }
 
-const MUTANTS: &[&[Mutant]] =
-    &[pool::MUTANTS, rank::MUTANTS, rows::MUTANTS, top_k::MUTANTS, window_attention::MUTANTS];
+const MUTANTS: &[&[Mutant]] = &[
+    pool::MUTANTS,
+    rank::MUTANTS,
+    rows::MUTANTS,
+    top_k::MUTANTS,
+    value_norm::MUTANTS,
+    window_attention::MUTANTS,
+];
 
 /// `file, drive { kernel: "bug", [which, of] "find" => "with", …; expected, …; }` as a list of [`Mutant`]s.
 macro_rules! mutants {
