@@ -212,7 +212,7 @@ template <u32 D> struct Queries<F32, D> {
 // Multiplies the rows with the slots from `start` on, `tiles` tiles of KEYS, zeros from slot `end` on and before slot 0.
 // Calls `work(slot, group, c)` for each 16 of them, in all warps that have rows, and `done(slot)` after each tile, in all.
 template <class T, u32 D, u32 KEYS, class Work, class Done>
-__device__ inline void stream(uint4* ring, const Queries<T, D>& queries, bool active, const Rows& keys,
+__device__ inline void stream(uint4* ring, const Queries<T, D>& queries, bool active, const Rows keys,
                               const u32* pages, u32 chunks, i32 start, u32 end, u32 tiles, Work work, Done done) {
     using Tile = Tile<T, D>;
     constexpr u32 CHUNKS = Tile::CHUNKS, STRIDE = Tile::STRIDE, STAGES = Tile::STAGES;
