@@ -78,7 +78,11 @@ fn lengths_are_the_devices() {
             let now = Memory::new(&cuda.driver, "lengths", size_of_val(&lens)).expect("lengths");
             now.write(0, &lens).expect("lengths");
             let inputs = Inputs { lengths: now.at(0), ..inputs };
-            let out = |bytes| Memory::zeroed(&cuda.driver, "a selection", bytes).expect("memory");
+            let out = |bytes| {
+                let memory = Memory::new(&cuda.driver, "a selection", bytes).expect("memory");
+                memory.clear(0, bytes).expect("memory");
+                memory
+            };
             let cuts = out(size_of::<Cut>() * shape.segments);
             let positions = out(size_of::<u32>() * shape.positions);
             launch(&cuda, &shape, inputs, cuts.at(0), positions.at(0), workspace.at(0))
