@@ -163,6 +163,17 @@ __device__ inline u32 suffix_sums(u32 (&sums)[9], const u32* counts, u32* scratc
     return total;
 }
 
+// Whether the highest bin at which falling totals still reach what is needed is one of the thread's eight, and which. A
+// level's highest bin is always one that does, for lack of a next one.
+template <int LEVEL> __device__ inline bool crossing(const u32 (&totals)[9], u32 needed, u32& bin) {
+    u32 first = 8 * threadIdx.x, next = first + 8;
+    if (first >= Digit<LEVEL>::COUNT || totals[0] < needed || (next < Digit<LEVEL>::COUNT && totals[8] >= needed))
+        return false;
+    bin = first;
+    for (u32 i = 1; i < 8; ++i) bin += totals[i] >= needed;
+    return true;
+}
+
 // A segment at the contest's cut so far. `sums` are its counts at and above each bin of the last digit.
 template <int LEVEL> struct Standing {
     u32 cut, above, equal; // digits of the segment's own cut, keys above them, keys that share them
@@ -218,7 +229,8 @@ template <int LEVEL> __device__ inline void descend(const Descent& d, u32 tiles)
     Tally& tally = d.tallies[segment];
     u32 prefix = tally.prefix;
 
-    for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) counts[bin] = 0;
+    uint4* eight = reinterpret_cast<uint4*>(counts) + 2 * threadIdx.x;
+    eight[0] = eight[1] = make_uint4(0, 0, 0, 0);
     __syncthreads();
     u64 first_tile = d.segments[segment].first_tile;
     for (u32 tile = blockIdx.x * tiles; tile < min((blockIdx.x + 1) * tiles, end); ++tile)
@@ -242,14 +254,9 @@ template <int LEVEL> __device__ inline void descend(const Descent& d, u32 tiles)
     ContestTally& contest_tally = d.contest_tallies[d.segments[segment].contest];
     u32 floor = min(d.segments[segment].floor, length), above = tally.above;
     u32 contest_prefix = contest_tally.prefix, floor_prefix = tally.floor_prefix;
-    u32 sums[9], total = suffix_sums(sums, counts, scratch);
-    for (u32 i = 0; i < 8; ++i) {
-        u32 bin = 8 * threadIdx.x + i;
-        bool reached = above + sums[i] >= floor, missed = bin + 1 == Digit<LEVEL>::COUNT || above + sums[i + 1] < floor;
-        if (prefix == floor_prefix && bin < Digit<LEVEL>::COUNT && reached && missed)
-            tally.floor_prefix = prefix | bin << Digit<LEVEL>::SHIFT;
-    }
-    uint4* eight = reinterpret_cast<uint4*>(counts) + 2 * threadIdx.x;
+    u32 sums[9], bin, total = suffix_sums(sums, counts, scratch);
+    if (prefix == floor_prefix && crossing<LEVEL>(sums, floor > above ? floor - above : 0, bin))
+        tally.floor_prefix = prefix | bin << Digit<LEVEL>::SHIFT;
     eight[0] = make_uint4(sums[0], sums[1], sums[2], sums[3]);
     eight[1] = make_uint4(sums[4], sums[5], sums[6], sums[7]);
     __syncthreads();
@@ -262,7 +269,7 @@ template <int LEVEL> __device__ inline void descend(const Descent& d, u32 tiles)
         total = taken(total);
     } else {
         u32* steps = d.steps + ((u64)contest.steps * 3 + LEVEL) * BINS;
-        for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) {
+        for (bin = threadIdx.x; bin < BINS; bin += THREADS) {
             u32 here = counts[bin], next = bin + 1 < BINS ? counts[bin + 1] : 0;
             histogram[bin] = here;
             u32 step = taken(here) - taken(next);
@@ -277,12 +284,7 @@ template <int LEVEL> __device__ inline void descend(const Descent& d, u32 tiles)
 
     // The contest's last block: the digit of its cut, and where that leaves each segment.
     u32 budget = min(contest.budget, total);
-    for (u32 i = 0; i < 8; ++i) {
-        u32 bin = 8 * threadIdx.x + i;
-        bool missed = bin + 1 == Digit<LEVEL>::COUNT || sums[i + 1] < budget;
-        if (bin < Digit<LEVEL>::COUNT && sums[i] >= budget && missed)
-            picked = contest_prefix | bin << Digit<LEVEL>::SHIFT;
-    }
+    if (crossing<LEVEL>(sums, budget, bin)) picked = contest_prefix | bin << Digit<LEVEL>::SHIFT;
     __syncthreads();
     u32 cut = picked;
     auto sums_of = [&](u32 s) -> const u32* { return alone ? counts : d.histogram(LEVEL, s); };
@@ -348,6 +350,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     u32 ranks[ROUNDS], own_above = 0, own_equal = 0, count = 0;
 #pragma unroll
     for (u32 i = 0; i < ROUNDS; ++i) {
+        if (slot + i * 128 >= length) continue;
         u32 candidate[4], at = 0, found = 0;
 #pragma unroll
         for (u32 j = 0; j < 4; ++j) {
@@ -391,6 +394,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     u32 start = above_before + min(equal_before, cut.ties);
 #pragma unroll
     for (u32 i = 0; i < ROUNDS; ++i) {
+        if (slot + i * 128 >= length) continue;
         u32 above = above_before + ((before + ranks[i]) & 0xffff), equal = equal_before + ((before + ranks[i]) >> 16);
 #pragma unroll
         for (u32 j = 0; j < 4; ++j) {

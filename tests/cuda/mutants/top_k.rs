@@ -21,7 +21,7 @@ mutants! {
         "top_k_level_0": "counting without atomics",
             [0..16, 16] "atom.shared.add.u32 $1, [$2], 1;" => PLAIN_SHARED; RACE;
         "top_k_level_0": "the zeros are two",
-            [0..16, 16] "add.f32 $1, $2, 0f00000000;" => "mov.f32 $1, $2;"; Reference;
+            [0..16, 16] "add.f32 $1, $2, 0f00000000;" => "mov.f32 $1, $2;"; By(OutOfBounds), Reference;
         "top_k_level_1": "marks of a warp's first lanes only",
             [0..1, 32] "vote.sync.ballot.b32 $1, $2, $3;" => SEVEN_LANES; By(BadMask), By(Deadlock);
         "top_k_emit": "no barrier before the positions leave",
