@@ -35,7 +35,8 @@ pub(super) struct Driver {
 /// A loaded PTX file.
 pub(super) struct Module {
     pub(super) handle: sys::CUmodule,
-    pub(super) functions: HashMap<String, sys::CUfunction>,
+    /// With the bytes of dynamic shared memory that each may be launched with.
+    pub(super) functions: HashMap<String, (sys::CUfunction, u32)>,
 }
 
 // SAFETY: handles of the driver may be used from every thread once the context is current there, which `bind` sees to.
