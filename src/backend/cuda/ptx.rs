@@ -13,7 +13,7 @@ pub(super) const FILES: &[(&str, &str)] = files! {
     "pool"
     "rank"
     "rows"
-    "top_k"
+    "top_k" "top_k_emit"
 };
 
 #[cfg(test)]
