@@ -35,7 +35,8 @@ fn want(
     };
     let contests: Vec<Contest> = contests.iter().map(clamped).collect();
     let spans = |s: usize| {
-        let resolve = |x: i64| (if x < 0 { i64::from(lens[s]) + 1 + x } else { x }) as u32;
+        let len = i64::from(lens[s]);
+        let resolve = |x: i64| (if x < 0 { len + 1 + x } else { x }).clamp(0, len) as u32;
         let ranges = protected.row(s).iter().map(|p| resolve(p.start)..resolve(p.end));
         ranges.collect::<Vec<Range<u32>>>()
     };
