@@ -6,7 +6,15 @@ macro_rules! files {
         &[$(($name, include_str!(concat!("../../../kernels/ptx/", $name, ".ptx")))),*]
     };
 }
-pub(super) const FILES: &[(&str, &str)] = files!("attend" "attend_mma" "pool" "rows");
+pub(super) const FILES: &[(&str, &str)] = files! {
+    "attend"
+    "attend_mma"
+    "mass_count"
+    "pool"
+    "rank"
+    "rows"
+    "top_k"
+};
 
 #[cfg(test)]
 pub(super) mod tests {

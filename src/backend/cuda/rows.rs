@@ -70,16 +70,6 @@ pub(super) fn raise(cuda: &Cuda, by: &Floats, rows: &mut Floats) -> Result<()> {
     RAISE.launch(&cuda.driver, "", grid(rows), (rows.rows(), by.rows(), rows.lengths()))
 }
 
-pub(super) fn rank(
-    _: &Cuda,
-    protected: &Ragged<Range<u32>>,
-    weights: &[f32],
-    rows: &mut Floats,
-) -> Result<()> {
-    check::rank(protected, weights, rows)?;
-    Err(UNDONE)
-}
-
 pub(super) fn share_heads(_: &Cuda, heads: &[usize], rows: &mut Floats) -> Result<()> {
     check::share_heads(heads, rows)?;
     Err(UNDONE)
