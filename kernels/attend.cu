@@ -48,6 +48,7 @@ extern "C" __global__ void __launch_bounds__(1024)
         u32 item = before + upto - mine + (warp > 0 ? earlier : 0);
         before += __shfl_sync(ALL_LANES, warps, 31);
         if (segment < segments) offsets[segment] = item;
+#pragma unroll 1
         for (u32 i = 0; i < mine; ++i) items[item + i] = make_uint2(segment, i * chunk);
     }
     if (threadIdx.x == 0) offsets[segments] = before;

@@ -6,6 +6,7 @@
 //! any white space, and `$1` to `$9` match one operand, so that an edit names no register. The number of its
 //! occurrences is part of it: an edit that no longer fits the PTX fails loudly.
 
+mod attend;
 mod edit;
 mod pool;
 mod rank;
@@ -44,7 +45,8 @@ pub struct Mutant {
     pub expected: &'static [Caught],
 }
 
-const MUTANTS: &[&[Mutant]] = &[pool::MUTANTS, rank::MUTANTS, rows::MUTANTS, top_k::MUTANTS];
+const MUTANTS: &[&[Mutant]] =
+    &[attend::MUTANTS, pool::MUTANTS, rank::MUTANTS, rows::MUTANTS, top_k::MUTANTS];
 
 /// `file, drive { kernel: "bug", [which, of] "find" => "with", …; expected, …; }` as a list of [`Mutant`]s.
 macro_rules! mutants {

@@ -188,7 +188,8 @@ pub fn row_blocks<D: TestDevice>(device: &D) {
     }
 }
 
-/// Segments that are cut into chunks, beside empty ones, ones that end with a chunk and ones that hardly begin one.
+/// Segments that are cut into chunks, beside empty ones, ones that end with a chunk and ones that hardly begin one; more
+/// segments than a block has threads, and more work than there are blocks.
 pub fn splits<D: TestDevice>(device: &D) {
     for dtype in DTYPES {
         let place = Place::Paged { page: 16 };
@@ -199,6 +200,14 @@ pub fn splits<D: TestDevice>(device: &D) {
         let lens = vec![258, 3, 770];
         check_one(device, &Sequence { lens, queries: 4, group: 5, ..base.clone() });
         check_one(device, &Sequence { lens: vec![2100], dim: 128, group: 1, ..base });
+    }
+    let place = Place::Ragged { slack: 0 };
+    for dtype in DTYPES {
+        let lens = (0..1100).map(|head| head % 3).collect();
+        check_one(
+            device,
+            &Sequence { lens, place, group: 1, dim: 8, dtype, ..Sequence::default() },
+        );
     }
 }
 
