@@ -6,6 +6,7 @@
 //! any white space, and `$1` to `$9` match one operand, so that an edit names no register. The number of its
 //! occurrences is part of it: an edit that no longer fits the PTX fails loudly.
 
+mod attend;
 mod edit;
 mod pool;
 mod rank;
@@ -47,6 +48,7 @@ pub struct Mutant {
 }
 
 const MUTANTS: &[&[Mutant]] = &[
+    attend::MUTANTS,
     pool::MUTANTS,
     rank::MUTANTS,
     rows::MUTANTS,
