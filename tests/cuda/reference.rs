@@ -97,8 +97,15 @@ impl Layer {
     /// The newest token over everything.
     pub fn attend(&self) -> AttendView<'_, DeviceSlice<'_>> {
         let cache = |tensor| Self::rows(tensor, HEADS, self.tokens, DIM);
-        let q = Rows::strided(self.q.lend(), HEADS * GROUP, 1, DIM, (WINDOW * DIM) as usize, DIM as usize)
-            .expect("a query of each head");
+        let q = Rows::strided(
+            self.q.lend(),
+            HEADS * GROUP,
+            1,
+            DIM,
+            (WINDOW * DIM) as usize,
+            DIM as usize,
+        )
+        .expect("a query of each head");
         AttendView { q, k: cache(&self.k), v: cache(&self.v) }
     }
 

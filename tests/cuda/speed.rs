@@ -196,9 +196,10 @@ fn table(all: &[Measured], manifest: &BTreeMap<String, Value>) -> String {
     );
     for m in all {
         for (name, _, c) in &m.kernels {
-            let fact = |arch: &str, what: &str| manifest[name][arch][what].as_u64().expect("a number");
+            let fact =
+                |arch: &str, what: &str| manifest[name][arch][what].as_u64().expect("a number");
             let of_each = |what| format!("{} / {}", fact("sm_80", what), fact("sm_90", what));
-            let blocks = |arch, shared| resident(fact(arch, "registers"), c, shared << 10);
+            let blocks = |arch, shared: u64| resident(fact(arch, "registers"), c, shared << 10);
             writeln!(
                 text,
                 "| {name} | {} | {} | {} | {} | {} / {} | {} | {} | {} | {} |",
@@ -241,7 +242,8 @@ fn gates(all: &[Measured], manifest: &BTreeMap<String, Value>) {
         let keys = u64::from(HEADS * FEW) * 4;
         assert!(selection.read() * 10 <= keys * 21, "{} of {keys} bytes read", selection.read());
     }
-    let launches: u64 = PIPELINE.iter().filter_map(|name| named(name)).map(Measured::launches).sum();
+    let launches: u64 =
+        PIPELINE.iter().filter_map(|name| named(name)).map(Measured::launches).sum();
     assert!(launches <= 6, "{launches} launches compress a layer");
     if let Some(norms) = named("value norms") {
         assert!(norms.moved() * 100 <= norms.ideal * 102, "{} of {}", norms.moved(), norms.ideal);
@@ -266,5 +268,8 @@ fn speed_is_as_written() {
     println!("{text}");
     gates(&all, &manifest);
     let written = std::fs::read_to_string(path).unwrap_or_default();
-    assert!(written == text, "benches/cuda.md is not what was counted; SIMCUDA_BLESS=1 rewrites it");
+    assert!(
+        written == text,
+        "benches/cuda.md is not what was counted; SIMCUDA_BLESS=1 rewrites it"
+    );
 }

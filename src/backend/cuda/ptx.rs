@@ -6,8 +6,7 @@ macro_rules! files {
         &[$(($name, include_str!(concat!("../../../kernels/ptx/", $name, ".ptx")))),*]
     };
 }
-pub(super) const FILES: &[(&str, &str)] =
-    files!("attend" "attend_mma" "pool" "rows" "value_norm");
+pub(super) const FILES: &[(&str, &str)] = files!("attend" "attend_mma" "pool" "rows" "value_norm");
 
 #[cfg(test)]
 pub(super) mod tests {
