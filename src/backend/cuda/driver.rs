@@ -92,6 +92,18 @@ impl Driver {
         self.context.bind_to_thread().map_err(|e| failure("cuCtxSetCurrent", e))
     }
 
+    /// Zeroes memory in stream order. Safe inside this crate for the same reason as a launch.
+    pub(super) fn clear(&self, at: Ptr<u8>, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: the pointer comes from an allocation of at least so many bytes that lives until the stream is done
+        // with it, as those that kernels are given.
+        unsafe { result::memset_d8_async(at.address, 0, bytes, self.stream) }
+            .map_err(|e| failure("cuMemsetD8Async", e))
+    }
+
     /// Waits for all work on the stream.
     pub(super) fn synchronize(&self) -> Result<()> {
         self.bind()?;
@@ -220,15 +232,7 @@ impl Memory {
     /// Zeroes some bytes.
     pub(super) fn clear(&self, offset: usize, bytes: usize) -> Result<()> {
         assert!(offset + bytes <= self.bytes, "clearing stays inside");
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.driver.bind()?;
-        // SAFETY: inside this allocation, in stream order.
-        unsafe {
-            result::memset_d8_async(self.address + offset as u64, 0, bytes, self.driver.stream)
-        }
-        .map_err(|e| failure("cuMemsetD8Async", e))
+        self.driver.clear(self.at(offset), bytes)
     }
 
     /// The address of the byte `offset`.

@@ -6,7 +6,19 @@ macro_rules! files {
         &[$(($name, include_str!(concat!("../../../kernels/ptx/", $name, ".ptx")))),*]
     };
 }
-pub(super) const FILES: &[(&str, &str)] = files!("attend" "attend_mma" "pool" "rows" "value_norm");
+pub(super) const FILES: &[(&str, &str)] = files! {
+    "attend"
+    "attend_mma"
+    "key_scores"
+    "lag"
+    "mass_count"
+    "pool"
+    "rank"
+    "rows"
+    "top_k"
+    "value_norm"
+    "window_attention"
+};
 
 #[cfg(test)]
 pub(super) mod tests {

@@ -95,14 +95,16 @@ pub fn norm_scales<D: TestDevice>(device: &D) {
 
 /// The mean of what takes part, raised into what takes part; equal entries are their own mean.
 pub fn mean_floors<D: TestDevice>(device: &D) {
-    let lens: Vec<u32> = LENGTHS.iter().map(|n| n - n / 3).collect();
+    let lengths: Vec<u32> = LENGTHS.into_iter().chain([4096, 4097, 9000]).collect();
+    let lens: Vec<u32> = lengths.iter().map(|n| n - n / 3).collect();
+    let rows_of = |kind: Scores| lengths.iter().map(|&n| kind.row(n, u64::from(n))).collect();
     fn floored<F: Float>(lens: &[u32], rows: &[Vec<f32>]) -> Matrix<F> {
         let mut rows = cast(rows);
         let each = rows.iter_mut().zip(lens);
         each.for_each(|(row, &len)| naive::floor_at_mean(len as usize, row));
         rows
     }
-    for rows in [positive(&LENGTHS), rows_of(Scores::Equal), rows_of(Scores::Nan)] {
+    for rows in [positive(&lengths), rows_of(Scores::Equal), rows_of(Scores::Nan)] {
         let got = changed(device, &rows, |backend, rows| backend.floor_at_mean(&lens, rows));
         let (want, baseline) = (floored(&lens, &rows), floored(&lens, &rows));
         Expected { want, baseline }.check(&"mean floor", got, Scale::Element);
@@ -154,6 +156,17 @@ pub fn raises<D: TestDevice>(device: &D) {
 
 /// Places by protection, then score, ties by slot, NaN last; what is pinned stays.
 pub fn ranks<D: TestDevice>(device: &D) {
+    Scores::ALL.into_iter().for_each(|kind| ranked(device, &LENGTHS, kind));
+}
+
+/// The same over several thousand slots.
+pub fn long_ranks<D: TestDevice>(device: &D) {
+    for kind in [Scores::Random, Scores::Ties, Scores::Extremes] {
+        ranked(device, &[2047, 4097, 0, 2048], kind);
+    }
+}
+
+fn ranked<D: TestDevice>(device: &D, lens: &[u32], kind: Scores) {
     type Ranges = Ragged<Range<u32>>;
     fn ranked<F: Float>(protected: &Ranges, weights: &[f32], rows: &[Vec<f32>]) -> Matrix<F> {
         let mut rows = cast(rows);
@@ -163,11 +176,11 @@ pub fn ranks<D: TestDevice>(device: &D) {
         rows
     }
     let some = |n: u32| vec![0..n.min(2), n - n / 4..n];
-    let none: Ranges = LENGTHS.iter().map(|_| Vec::new()).collect();
-    let some: Ranges = LENGTHS.iter().map(|&n| if n < 3 { vec![] } else { some(n) }).collect();
-    let weights: Vec<f32> = (0..LENGTHS.len()).map(|s| (s % 4) as f32 * 10.5).collect();
-    for (kind, protected) in Scores::ALL.into_iter().flat_map(|k| [(k, &none), (k, &some)]) {
-        let rows = rows_of(kind);
+    let none: Ranges = lens.iter().map(|_| Vec::new()).collect();
+    let some: Ranges = lens.iter().map(|&n| if n < 3 { vec![] } else { some(n) }).collect();
+    let weights: Vec<f32> = (0..lens.len()).map(|s| (s % 4) as f32 * 10.5).collect();
+    for protected in [&none, &some] {
+        let rows: Vec<Vec<f32>> = (5..).zip(lens).map(|(s, &len)| kind.row(len, s)).collect();
         let got = changed(device, &rows, |b, rows| b.rank(protected, &weights, rows));
         let want = ranked(protected, &weights, &rows);
         let baseline = ranked(protected, &weights, &rows);
