@@ -47,7 +47,8 @@ fn a_lent_log_sum_exp_leaves_one_launch_and_one_pass() {
         let gpu = Gpu::new();
         let spec = reference();
         run(&gpu, &spec, &WindowAttention { over_window, over_group, ..OP }).expect("a score");
-        let launches = |name: &str| simcuda::counters(gpu.ordinal, &format!("window_attention_{name}"));
+        let launches =
+            |name: &str| simcuda::counters(gpu.ordinal, &format!("window_attention_{name}"));
         let (count, counters) = launches(&format!("{kernel}_128"));
         assert_eq!(count, 1);
         for other in ["lse_128", "rows", "merge"] {

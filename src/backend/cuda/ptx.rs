@@ -7,8 +7,11 @@ macro_rules! files {
     };
 }
 pub(super) const FILES: &[(&str, &str)] = files! {
+    "append"
     "attend"
     "attend_mma"
+    "compact"
+    "gather"
     "key_scores"
     "lag"
     "mass_count"

@@ -8,7 +8,7 @@ use super::launch::{Grid, Kernel};
 use super::views::Positions;
 use super::{Cuda, DeviceLayer, Floats, check};
 use crate::backend::ops::NormScale;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ragged::Ragged;
 
 /// Rows, lengths, counts.

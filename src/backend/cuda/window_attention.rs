@@ -13,8 +13,8 @@ use super::views::{HeadRows, Heads};
 use super::{Cuda, DeviceLayer, Floats, check};
 use crate::backend::ops::WindowAttention;
 use crate::error::{Error, Result};
-use plan::{Part, flags};
 pub(super) use plan::{Head, Plan, Query, Segment};
+use plan::{Part, flags};
 
 const METHOD: &str = "window attention";
 
@@ -39,16 +39,8 @@ const LSE: Pass = Kernel::new("window_attention", "window_attention_lse");
 const SUM: Pass = Kernel::new("window_attention", "window_attention_sum");
 const MAX: Pass = Kernel::new("window_attention", "window_attention_max");
 /// Segments, queries, lengths, ends, statistics, chunk, radius, flags.
-const ROWS: Kernel<(
-    Ptr<Segment>,
-    Ptr<Query>,
-    Ptr<u32>,
-    Ptr<u32>,
-    Ptr<[f32; 4]>,
-    u32,
-    u32,
-    u32,
-)> = Kernel::new("window_attention", "window_attention_rows");
+const ROWS: Kernel<(Ptr<Segment>, Ptr<Query>, Ptr<u32>, Ptr<u32>, Ptr<[f32; 4]>, u32, u32, u32)> =
+    Kernel::new("window_attention", "window_attention_rows");
 /// Segments, lengths, ends, partial results, out, means, radius, gap, flags.
 const MERGE: Kernel<(
     Ptr<Segment>,
@@ -99,16 +91,27 @@ pub(super) fn launch(
             let mut grid = Grid::new(longest.div_ceil(shape.chunk) as usize, count, shape.threads);
             grid.blocks.2 = shape.blocks;
             let arguments = (
-                segments, queries, keys, pages, lengths, ends, stats, out, means, planes,
-                shape.chunk, radius, gap, flags | part.template.flags,
+                segments,
+                queries,
+                keys,
+                pages,
+                lengths,
+                ends,
+                stats,
+                out,
+                means,
+                planes,
+                shape.chunk,
+                radius,
+                gap,
+                flags | part.template.flags,
             );
             kernel.launch(driver, part.template.variant, grid, arguments)
         };
         if let Some(sums) = part.sums {
             pass(&LSE, sums, flags)?;
             let grid = Grid::new(part.rows.div_ceil(128) as usize, count, 128);
-            let arguments =
-                (segments, queries, lengths, ends, stats, sums.chunk, radius, flags);
+            let arguments = (segments, queries, lengths, ends, stats, sums.chunk, radius, flags);
             ROWS.launch(driver, "", grid, arguments)?;
         }
         if flags & flags::WINDOW_MAX != 0 {
@@ -172,8 +175,7 @@ pub(super) fn run(
     let ends = table.push(&ends);
     let rows = rows.into_table(&mut table);
     let sent = table.send(cuda)?;
-    let workspace =
-        Memory::new(&cuda.driver, "window attention", plan.workspace_bytes())?;
+    let workspace = Memory::new(&cuda.driver, "window attention", plan.workspace_bytes())?;
     let operands = Operands {
         segments: sent.at(segments),
         queries: sent.at(queries),

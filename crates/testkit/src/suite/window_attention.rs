@@ -2,9 +2,9 @@
 
 use std::fmt::Debug;
 
-use kvbudget::{Dtype, Ragged};
 use kvbudget::backend::Backend;
 use kvbudget::backend::ops::{Reduce, WindowAttention};
+use kvbudget::{Dtype, Ragged};
 
 use super::{DTYPES, Expected, batch, fails, poisoned, read, scored, stored};
 use crate::compare::Scale;
@@ -192,7 +192,9 @@ fn every_path(window: u32) -> [WindowAttention; 8] {
 
 /// Every dtype at head dims of every size, multiples of 8 and not of 16 among them.
 pub fn dims<D: TestDevice>(device: &D) {
-    for (dtype, dim) in DTYPES.into_iter().flat_map(|t| [8, 64, 72, 96, 128, 200, 256].map(|d| (t, d))) {
+    for (dtype, dim) in
+        DTYPES.into_iter().flat_map(|t| [8, 64, 72, 96, 128, 200, 256].map(|d| (t, d)))
+    {
         let base = Spec { tokens: 83, queries: 5, group: 3, kv_heads: 1, ..Spec::default() };
         let layer = Spec { dtype, dim, ..base }.build();
         for op in every_path(5) {

@@ -215,7 +215,8 @@ impl Plan {
         let chunk = chunk(work, processors);
         // Long windows (all queries): a block goes through many blocks of rows and keeps running results. Enough of them to
         // even out that early slots are seen by more rows.
-        let running = heads.iter().map(|head| slots(head).div_ceil(chunk.into()) * u64::from(blocks(head)));
+        let running =
+            heads.iter().map(|head| slots(head).div_ceil(chunk.into()) * u64::from(blocks(head)));
         let wanted = (8 * processors).div_ceil(running.sum::<u64>().max(1)) as u32;
         let splits = |head: &Head| match large(head) {
             true => wanted.clamp(1, self.units(head).1.div_ceil(BLOCK_ROWS)),
