@@ -30,17 +30,16 @@ impl Step {
         [&self.tensors[0], &self.tensors[1], &self.tensors[2]]
     }
 
-    /// Overwrites the buffers.
+    /// Overwrites the buffers, in the order of the stream.
     #[allow(unsafe_code, reason = "the engine's part of a step")]
-    fn copy_to(&self, buffers: &[Rows<'_, DeviceSlice<'_>>]) {
+    fn copy_to(&self, buffers: &[Rows<'_, DeviceSlice<'_>>], stream: &CudaStream) {
         with_rows(&Cpu::new(), &self.tensors(), |rows| {
             for (from, to) in rows.iter().zip(buffers) {
                 let bytes = bytes_of(from.storage(), 0..from.storage().elements());
-                // SAFETY: a buffer of as many elements; nothing is running.
-                let copied = unsafe {
-                    cudarc::driver::result::memcpy_htod_sync(to.storage().address(), &bytes)
-                };
-                copied.unwrap();
+                let (address, stream) = (to.storage().address(), stream.cu_stream());
+                // SAFETY: a buffer of as many elements; memory that is not pinned is staged before the call returns.
+                unsafe { cudarc::driver::result::memcpy_htod_async(address, &bytes, stream) }
+                    .unwrap();
             }
         });
     }
@@ -197,7 +196,7 @@ fn decode(shape: Shape, page: Option<u32>, config: &Recompress) {
         twins.compare();
         for i in 0..12 {
             let next = Step::new(shape, &mut random);
-            next.copy_to(buffers);
+            next.copy_to(buffers, &stream);
             step.launch().unwrap();
             decoder.follow(&gpu, &mut twins, &next);
             if i % 5 == 4 {

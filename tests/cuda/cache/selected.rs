@@ -28,7 +28,7 @@ fn positions(held: &[Vec<Position>], slots: &Ragged<u32>) -> Ragged<Position> {
     rows.map(|(held, slots)| slots.iter().map(|&s| held[s as usize]).collect()).collect()
 }
 
-fn selected(gpu: &Gpu, shape: Shape, page: Option<u32>) {
+pub fn selected(gpu: &Gpu, shape: Shape, page: Option<u32>) {
     let mut random = Random(11);
     let len = 150;
     let lens = vec![len; shape.heads as usize];

@@ -6,7 +6,10 @@
 //! any white space, and `$1` to `$9` match one operand, so that an edit names no register. The number of its
 //! occurrences is part of it: an edit that no longer fits the PTX fails loudly.
 
+mod append;
+mod compact;
 mod edit;
+mod gather;
 mod pool;
 mod rank;
 mod rows;
