@@ -49,6 +49,11 @@ impl Selection {
         &self.segments
     }
 
+    /// Slots that each segment keeps at most: what caches must have room for, as far as the host knows.
+    pub fn bounds(&self) -> impl ExactSizeIterator<Item = u32> + '_ {
+        self.segments.iter().map(|&(_, most)| most)
+    }
+
     pub(super) fn counts(&self) -> Result<Vec<u32>> {
         let cuts: Vec<Cut> = self.memory.read(0, self.segments.len())?;
         Ok(cuts.iter().map(|cut| cut.count).collect())

@@ -6,8 +6,11 @@
 //! any white space, and `$1` to `$9` match one operand, so that an edit names no register. The number of its
 //! occurrences is part of it: an edit that no longer fits the PTX fails loudly.
 
+mod append;
 mod attend;
+mod compact;
 mod edit;
+mod gather;
 mod pool;
 mod rank;
 mod rows;
@@ -48,7 +51,10 @@ pub struct Mutant {
 }
 
 const MUTANTS: &[&[Mutant]] = &[
+    append::MUTANTS,
     attend::MUTANTS,
+    compact::MUTANTS,
+    gather::MUTANTS,
     pool::MUTANTS,
     rank::MUTANTS,
     rows::MUTANTS,
