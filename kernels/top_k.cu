@@ -1,113 +1,154 @@
-// Exact selection of the best slots of ragged segments that compete for budgets.
+// Exact selection of the best slots of rows (segments) that compete for budgets.
 //
 // Order: protected first, then score descending (-0 = +0, NaN lowest), then segment, then slot ascending. In each
-// contest every segment keeps its `floor` best; the rest of the budget goes to the best of what is left of all.
-// The order is total, so the answer is unique; slots are emitted ascending.
+// contest every segment keeps its `floor` best; the rest of the budget goes to the best of what is left of all. Floors
+// and budgets above what the lengths allow mean all there is. The order is total, so the answer is unique; slots are
+// emitted ascending.
 //
-// Launches, same grid.y = segments throughout:
-//   top_k_level  x3 (level 0, 1, 2)   grid (blocks, segments), 256 threads, blocks about longest / 8192
-//   top_k_emit                        grid (ceil(longest / 4096), segments), 256 threads
-// `tallies`, `contest_tallies` and `status` (u64 [segments][grid.x of emit]) are zeroed before level 0. Contests hold
-// fewer than 2^32 slots; segments of a contest are consecutive and at least one; each segment's scores start at a
-// multiple of 16 bytes; budget >= sum of floors.
+// A radix descent over ordered 32-bit keys, digits of 11, 11 and 10 bits. With c_s(b) the keys of segment s at or above
+// bin edge b, total(b) = sum of max(floor_s, c_s(b)) falls as b rises: the digit of the contest's cut is the highest
+// edge whose total reaches the budget. A segment's own cut, for its floor, descends beside it for as long as the two
+// agree. Where the floor's digit is the lower one, the segment keeps its floor and no more, whatever the contest does;
+// where it is the higher one, the floor is met. So one cut per segment is enough, the lower of the two.
+// Counts only, so that ties cost nothing and no order of blocks is visible.
 //
-// A radix descent over ordered 32-bit keys, digits of 11, 11 and 10 bits. With c_s(b) the keys of segment s at or
-// above bin edge b, total(b) = sum of max(floor_s, c_s(b)) falls as b rises: the digit of the cut is the highest edge
-// whose total reaches the budget. Each segment descends beside it for its own floor. Counts only, so that ties cost
-// nothing and no order of blocks is visible. Source: the CPU backend's top_k.rs; look-back as in Merrill and Garland,
-// Single-pass parallel prefix scan with decoupled look-back (NVR-2016-002).
-// gates: top_k_level LDG.E.128.CONSTANT>=4 ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=48
-// gates: top_k_emit LDG.E.128.CONSTANT==4 VOTE>=32 REDUX ATOMG==1 !ATOMS !MEMBAR registers<=80
-#include "device.cuh"
+//   top_k_level_0   reads the scores: counts of first digits
+//   top_k_level_1   reads the scores again: counts of second digits, and per tile of 4096 slots two bits a slot, above
+//                   the cut's first digit or a candidate, and the keys of the candidates
+//   top_k_level_2   reads the candidates: counts of the last digits, then what each segment keeps
+//   top_k_emit      reads bits and candidates, never the scores: slots ascending, tile after tile by look-back
+//   top_k_pin       sets rows to infinity at the selected slots
+//
+// With a share c of N slots as candidates that is 2 N keys, 3/32 N words of bits and 2 c N candidates read. All equal,
+// c is 1; uniform, 1/8 where the cut is in the largest quarter of an octave.
+//
+// Launch: levels grid (ceil(longest / 4096 / tiles), segments), emit grid (ceil(longest / 4096), segments), pin grid
+// (ceil(largest count / 1024), segments), 256 threads each. `tallies`, `contest_tallies`, `steps`, `status` and, where
+// a segment has more than one block, histogram 0 are zeroed before. Contests hold fewer than 2^32 slots, segments fewer
+// than 2^31; segments of a contest are consecutive and at least one; rows start at multiples of 16 bytes; budget >= sum
+// of floors.
+//
+// Source: the CPU backend's top_k.rs; look-back as in Merrill and Garland, Single-pass parallel prefix scan with
+// decoupled look-back (NVR-2016-002).
+// gates: top_k_level_0 LDG.E.128.CONSTANT>=4 ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=48
+// gates: top_k_level_1 LDG.E.128.CONSTANT>=4 VOTE>=32 ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=64
+// gates: top_k_level_2 REDUX ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=80
+// gates: top_k_emit VOTE>=32 REDUX ATOMG==1 !ATOMS !MEMBAR registers<=80
+// gates: top_k_pin STG.E
+#include "scores.cuh"
 
-constexpr u32 THREADS = 256, BINS = 2048, PROTECTED = 0xffffffff;
+constexpr u32 THREADS = 256, BINS = 2048, TILE = 4096;
+// A warp owns 512 consecutive slots of a tile: (warp, round, lane, component) is the order of slots.
+constexpr u32 ROUNDS = 4, OF_WARP = ROUNDS * 128, MARKS = 32 * THREADS / 32;
 
-// Written by the host.
+// Written by the host, as are spans.
 struct Segment {
-    i64 scores; // where its scores start
-    u32 length, floor, contest;
-    u32 protected_first, protected_end; // its ranges
-    u32 unused;
+    u64 first_tile; // of its tiles among those of all
+    u32 floor, contest;
+    u32 protected_first, protected_end; // its spans
 };
 struct Contest {
-    i64 positions; // where its positions start
+    u64 positions; // where its positions start
     u32 budget, first, end; // segments
-    u32 unused;
+    u32 steps; // its tables of steps, if it has several segments
 };
-// State of the descent. `counts[level][0]` is of keys that share the contest's prefix and becomes suffix sums,
-// `counts[level][1]` of keys that share the segment's own, where that differs.
+// State of a descent: the digits of the segment's cut so far, how many keys are above all that share them, and the
+// digits of the cut for the floor alone.
 struct Tally {
-    u32 counts[3][2][BINS];
-    u32 above;                    // keys above the contest's prefix
-    u32 floor_prefix, floor_above; // the same for the segment's own floor
+    u32 prefix, above, floor_prefix;
     u32 arrivals, ticket;
-    u32 nans;
-    u32 unused[2];
-};
-// `steps[level][b]` is by how much total(b) exceeds total(b + 1), and `least` total of no bin at all: a segment adds to
-// the few bins where it has keys.
-struct ContestTally {
-    u32 steps[3][BINS];
-    u32 least[3];
-    u32 prefix, arrivals;
     u32 unused[3];
 };
-// The answer for a segment: all keys above the threshold and the first `ties` equal to it, `count` in all. And how many
-// of its unprotected scores are NaN.
-struct Cut {
-    i64 positions;
-    u32 threshold, ties, count, nans;
+// total(b) of a contest of several segments is `least` of no bin at all, and `steps[level][b]` is by how much total(b)
+// exceeds total(b + 1): a segment adds to the few bins where it has keys.
+struct ContestTally {
+    u32 prefix, least[3];
+    u32 arrivals;
+    u32 unused[3];
 };
-struct Range {
-    u32 start, end;
-};
+static_assert(sizeof(Tally) == 32 && sizeof(ContestTally) == 32 && sizeof(Cut) == 24, "as selection.rs has them");
 
-// Scores as keys, four at a time; `valid` of them exist.
-struct Row {
-    const float* __restrict__ scores;
-    const Range* __restrict__ first;
-    const Range* __restrict__ end;
-    u32 length;
+__device__ inline u32 tiles_of(u32 length) { return length / TILE + (length % TILE > 0); }
 
-    __device__ Row(const float* all, const Range* ranges, const Segment& segment)
-        : scores(all + segment.scores), first(ranges + segment.protected_first), end(ranges + segment.protected_end),
-          length(segment.length) {}
-    __device__ u32 valid(u32 unit) const { return unit * 4 >= length ? 0 : min(length - unit * 4, 4); }
-    __device__ float4 load(u32 unit) const {
-        if (valid(unit) == 4) return __ldg(reinterpret_cast<const float4*>(scores) + unit);
-        const float* at = scores + unit * 4;
-        float4 x = {};
-        if (valid(unit) > 0) x.x = at[0];
-        if (valid(unit) > 1) x.y = at[1];
-        if (valid(unit) > 2) x.z = at[2];
-        return x;
+struct Descent {
+    const float* const* rows;
+    const u32* lengths;
+    const Segment* segments;
+    const Span* spans;
+    const Contest* contests;
+    Tally* tallies;
+    ContestTally* contest_tallies;
+    u32* steps;      // [contests of several segments][levels][BINS]
+    u32* histograms; // [2][segments][BINS], by parity of the level
+    u32* marks;      // [tiles][MARKS]
+    u32* candidates; // [tiles][TILE], those of a warp from its first slot on
+    Cut* cuts;
+
+    __device__ u32* histogram(int level, u32 segment) const {
+        return histograms + ((u64)(level % 2) * gridDim.y + segment) * BINS;
     }
-    __device__ void keys(u32 (&out)[4], float4 x, u32 unit) const {
-        out[0] = ordered(x.x), out[1] = ordered(x.y), out[2] = ordered(x.z), out[3] = ordered(x.w);
-#pragma unroll 1
-        for (const Range* range = first; range < end; ++range)
-            for (u32 i = 0; i < 4; ++i)
-                if (unit * 4 + i >= range->start && unit * 4 + i < range->end) out[i] = PROTECTED;
+    __device__ Row row(u32 s) const {
+        const Segment& segment = segments[s];
+        return {rows[s], lengths[s], spans + segment.protected_first, spans + segment.protected_end};
     }
 };
 
-// Sum over the threads before this one, and over all. `scratch` may be used again at once.
-__device__ inline u32 block_scan(u32 x, u32& total, u32* scratch) {
-    u32 sum = x;
-    for (u32 distance = 1; distance < 32; distance *= 2) {
-        u32 below = __shfl_up_sync(ALL_LANES, sum, distance);
-        if (lane_id() >= distance) sum += below;
+template <int LEVEL> struct Digit {
+    static constexpr u32 SHIFT = LEVEL == 0 ? 21 : LEVEL == 1 ? 10 : 0, COUNT = LEVEL == 2 ? BINS / 2 : BINS;
+    __device__ static u32 of(u32 key) { return (key >> SHIFT) % COUNT; }
+};
+
+// Counts digits of one tile, of keys that share the prefix.
+template <int LEVEL>
+__device__ inline void count_tile(const Descent& d, Row row, u32 tile, u64 first_tile, u32 prefix, u32* counts) {
+    u32 start = tile * TILE + warp_id() * OF_WARP, unit = start / 4 + lane_id();
+    if (start >= row.length) return;
+    row.narrow(start, start + OF_WARP);
+    float4 loaded[ROUNDS];
+#pragma unroll
+    for (u32 i = 0; i < ROUNDS; ++i) loaded[i] = row.load(unit + i * 32);
+    u32* candidates = d.candidates + (first_tile + tile) * TILE + warp_id() * OF_WARP;
+    u32 marks = 0, found = 0, lower = (1 << lane_id()) - 1;
+#pragma unroll
+    for (u32 i = 0; i < ROUNDS; ++i) {
+        u32 keys[4], valid = row.valid(unit + i * 32);
+        row.keys(keys, loaded[i], unit + i * 32);
+        if (LEVEL == 0) {
+            // The hardware merges equal addresses of a warp: ties cost no more than anything else.
+#pragma unroll
+            for (u32 j = 0; j < 4; ++j)
+                if (j < valid) atomicAdd(&counts[Digit<0>::of(keys[j])], 1);
+            continue;
+        }
+        u32 candidate[4], at = found;
+#pragma unroll
+        for (u32 j = 0; j < 4; ++j) {
+            u32 digit = Digit<0>::of(keys[j]), cut = Digit<0>::of(prefix);
+            u32 above = __ballot_sync(ALL_LANES, j < valid && digit > cut);
+            candidate[j] = __ballot_sync(ALL_LANES, j < valid && digit == cut);
+            if (lane_id() == i * 4 + j) marks = above;
+            if (lane_id() == 16 + i * 4 + j) marks = candidate[j];
+            at += __popc(candidate[j] & lower), found += __popc(candidate[j]);
+        }
+#pragma unroll
+        for (u32 j = 0; j < 4; ++j) {
+            if (~candidate[j] >> lane_id() & 1) continue;
+            candidates[at++] = keys[j];
+            atomicAdd(&counts[Digit<1>::of(keys[j])], 1);
+        }
     }
-    __syncthreads();
-    if (lane_id() == 31) scratch[warp_id()] = sum;
-    __syncthreads();
-    u32 before = 0;
-    total = 0;
-    for (u32 warp = 0; warp < THREADS / 32; ++warp) {
-        before += warp < warp_id() ? scratch[warp] : 0;
-        total += scratch[warp];
+    if (LEVEL == 1) d.marks[(first_tile + tile) * MARKS + threadIdx.x] = marks;
+}
+template <>
+__device__ inline void count_tile<2>(const Descent& d, Row row, u32 tile, u64 first_tile, u32 prefix, u32* counts) {
+    if (tile * TILE + warp_id() * OF_WARP >= row.length) return;
+    u32 marks = d.marks[(first_tile + tile) * MARKS + threadIdx.x];
+    u32 found = __reduce_add_sync(ALL_LANES, lane_id() < 16 ? 0 : __popc(marks));
+    const u32* candidates = d.candidates + (first_tile + tile) * TILE + warp_id() * OF_WARP;
+    for (u32 i = lane_id(); i < found; i += 32) {
+        u32 key = candidates[i];
+        if (key >> Digit<1>::SHIFT == prefix >> Digit<1>::SHIFT) atomicAdd(&counts[Digit<2>::of(key)], 1);
     }
-    return before + sum - x;
 }
 
 // sums[i] = counts at and above bin 8 * thread + i; returns the sum of all.
@@ -122,136 +163,152 @@ __device__ inline u32 suffix_sums(u32 (&sums)[9], const u32* counts, u32* scratc
     return total;
 }
 
-// What the contest's cut leaves each of its segments; ties are granted in the order of the segments.
-__device__ inline void cut_segments(const Contest& contest, const Segment* segments, const Tally* tallies, Cut* cuts,
-                                    u32 budget, u32 threshold, u32* scratch) {
-    u32 digit = threshold % (BINS / 2);
-    auto taken = [&](u32 s, u32& above, u32& equal) -> u32 {
-        const u32* at = tallies[s].counts[2][0] + digit;
-        above = tallies[s].above + at[1], equal = at[0] - at[1];
-        return max(min(segments[s].floor, segments[s].length), above);
+// A segment at the contest's cut so far. `sums` are its counts at and above each bin of the last digit.
+template <int LEVEL> struct Standing {
+    u32 cut, above, equal; // digits of the segment's own cut, keys above them, keys that share them
+
+    __device__ Standing(const Tally& tally, const u32* sums, u32 contest_cut) {
+        cut = min(contest_cut, tally.floor_prefix);
+        u32 digit = Digit<LEVEL>::of(cut), beyond = digit + 1 < BINS ? sums[digit + 1] : 0;
+        above = tally.above + beyond, equal = sums[digit] - beyond;
+    }
+};
+
+// What a contest's cut leaves each of its segments; ties are granted in the order of the segments. `sums_of` gives a
+// segment's counts at and above each last digit.
+template <class Sums>
+__device__ inline void cut_segments(const Descent& d, const Contest& contest, u32 budget, u32 threshold, u32* scratch,
+                                    Sums sums_of) {
+    auto sure = [&](u32 s, const Standing<2>& at) {
+        return max(min(d.segments[s].floor, d.lengths[s]), at.above);
     };
-    u32 granted = 0, above, equal;
-    for (u32 s = contest.first + threadIdx.x; s < contest.end; s += THREADS) granted += taken(s, above, equal);
-    u32 sure, ties_before = 0, kept_before = 0, all;
-    block_scan(granted, sure, scratch);
-    u32 rest = budget > sure ? budget - sure : 0;
+    u32 granted = 0, all;
+    for (u32 s = contest.first + threadIdx.x; s < contest.end; s += THREADS)
+        granted += sure(s, Standing<2>(d.tallies[s], sums_of(s), threshold));
+    block_scan(granted, all, scratch);
+    u32 rest = budget - all, ties_before = 0, kept_before = 0;
 
     for (u32 s0 = contest.first; s0 < contest.end; s0 += THREADS) {
         u32 s = s0 + threadIdx.x, count = 0, available = 0;
-        bool exists = s < contest.end;
-        if (exists) {
-            count = taken(s, above, equal);
-            available = above + equal > count ? above + equal - count : 0;
+        Cut cut = {};
+        if (s < contest.end) {
+            Standing<2> at(d.tallies[s], sums_of(s), threshold);
+            count = sure(s, at);
+            // Below the contest's cut there is the floor and nothing else.
+            available = at.cut < threshold ? 0 : at.above + at.equal - count;
+            cut.threshold = at.cut, cut.ties = at.above;
         }
         u32 before = ties_before + block_scan(available, all, scratch);
         ties_before += all;
         if (before < rest) count += min(available, rest - before);
-        u32 start = kept_before + block_scan(count, all, scratch);
+        cut.positions = contest.positions + kept_before + block_scan(count, all, scratch);
         kept_before += all;
-        if (exists) {
-            // Fewer than `count` above the cut, or the segment's own floor reaches below it.
-            bool own = count > above + equal;
-            cuts[s].positions = contest.positions + start;
-            cuts[s].threshold = own ? tallies[s].floor_prefix : threshold;
-            cuts[s].ties = count - (own ? tallies[s].floor_above : above);
-            cuts[s].count = count;
-            cuts[s].nans = tallies[s].nans;
-        }
+        cut.count = count, cut.ties = count - cut.ties;
+        if (s < contest.end) d.cuts[s] = cut;
     }
 }
 
-// Five blocks a multiprocessor: enough loads in flight.
-extern "C" __global__ void __launch_bounds__(THREADS, 5)
-    top_k_level(const float* scores, const Segment* segments, const Range* ranges, const Contest* contests,
-                Tally* tallies, ContestTally* contest_tallies, Cut* cuts, i32 level) {
-    __shared__ __align__(16) u32 counts[2][BINS];
+template <int LEVEL> __device__ inline void descend(const Descent& d, u32 tiles) {
+    __shared__ __align__(16) u32 counts[BINS];
     __shared__ u32 scratch[THREADS / 32], picked;
-    Segment segment = segments[blockIdx.y];
-    Contest contest = contests[segment.contest];
-    Tally& tally = tallies[blockIdx.y];
-    ContestTally& contest_tally = contest_tallies[segment.contest];
-    u32 shift = level == 0 ? 21 : level == 1 ? 10 : 0, bins = level == 2 ? BINS / 2 : BINS;
-    u32 decided = level == 0 ? 0 : 0xffffffff << (level == 1 ? 21 : 10);
-    u32 prefix = contest_tally.prefix, floor_prefix = tally.floor_prefix;
-    bool apart = ((prefix ^ floor_prefix) & decided) != 0;
+    u32 segment = blockIdx.y, length = d.lengths[segment], end = tiles_of(length);
+    u32 blocks = max((end + tiles - 1) / tiles, 1);
+    // What leaves here is not waited for below.
+    if (blockIdx.x >= blocks) return;
+    Tally& tally = d.tallies[segment];
+    u32 prefix = tally.prefix;
 
-    for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) counts[0][bin] = counts[1][bin] = 0;
+    for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) counts[bin] = 0;
     __syncthreads();
-    Row row(scores, ranges, segment);
-    u32 units = (segment.length + 3) / 4, step = gridDim.x * THREADS, nans = 0;
-    for (u32 unit = blockIdx.x * THREADS + threadIdx.x; unit < units; unit += 4 * step) {
-        float4 loaded[4];
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) loaded[i] = row.load(unit + i * step);
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            u32 keys[4], valid = row.valid(unit + i * step);
-            row.keys(keys, loaded[i], unit + i * step);
-#pragma unroll
-            for (u32 j = 0; j < 4; ++j) {
-                if (j >= valid) continue;
-                u32 digit = (keys[j] >> shift) % bins;
-                nans += keys[j] == 0;
-                // The hardware merges equal addresses of a warp: ties cost no more than anything else.
-                if (((keys[j] ^ prefix) & decided) == 0) atomicAdd(&counts[0][digit], 1);
-                if (apart && ((keys[j] ^ floor_prefix) & decided) == 0) atomicAdd(&counts[1][digit], 1);
-            }
+    u64 first_tile = d.segments[segment].first_tile;
+    for (u32 tile = blockIdx.x * tiles; tile < min((blockIdx.x + 1) * tiles, end); ++tile)
+        count_tile<LEVEL>(d, d.row(segment), tile, first_tile, prefix, counts);
+    __syncthreads();
+
+    u32* histogram = d.histogram(LEVEL, segment);
+    if (blocks > 1) {
+        for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS)
+            if (counts[bin] > 0) atomicAdd(histogram + bin, counts[bin]);
+        if (!last_to_arrive(&tally.arrivals, blocks)) return;
+        for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) {
+            counts[bin] = histogram[bin];
+            if (LEVEL < 2) d.histogram(LEVEL + 1, segment)[bin] = 0;
         }
-    }
-    if (level == 0 && nans > 0) atomicAdd(&tally.nans, nans);
-    __syncthreads();
-    for (u32 bin = threadIdx.x; bin < bins; bin += THREADS) {
-        if (counts[0][bin] > 0) atomicAdd(&tally.counts[level][0][bin], counts[0][bin]);
-        if (counts[1][bin] > 0) atomicAdd(&tally.counts[level][1][bin], counts[1][bin]);
+        __syncthreads();
     }
 
-    if (!last_to_arrive(&tally.arrivals, gridDim.x)) return;
-    u32 floor = min(segment.floor, segment.length), floor_above = tally.floor_above, above = tally.above;
-    if (level > 0) {
-        u32 digit = level == 1 ? prefix >> 21 : (prefix >> 10) % BINS;
-        if (digit + 1 < BINS) above += tally.counts[level - 1][0][digit + 1];
-    }
-    u32 sums[9];
-    suffix_sums(sums, tally.counts[level][apart], scratch);
+    // The segment's last block: the digit of its floor.
+    Contest contest = d.contests[d.segments[segment].contest];
+    ContestTally& contest_tally = d.contest_tallies[d.segments[segment].contest];
+    u32 floor = min(d.segments[segment].floor, length), above = tally.above;
+    u32 contest_prefix = contest_tally.prefix, floor_prefix = tally.floor_prefix;
+    u32 sums[9], total = suffix_sums(sums, counts, scratch);
     for (u32 i = 0; i < 8; ++i) {
-        // Of all bins just one, if the floor is not zero.
-        if (floor_above + sums[i] >= floor && floor_above + sums[i + 1] < floor) {
-            tally.floor_prefix = floor_prefix | (8 * threadIdx.x + i) << shift;
-            tally.floor_above = floor_above + sums[i + 1];
-        }
+        u32 bin = 8 * threadIdx.x + i;
+        bool reached = above + sums[i] >= floor, missed = bin + 1 == Digit<LEVEL>::COUNT || above + sums[i + 1] < floor;
+        if (prefix == floor_prefix && bin < Digit<LEVEL>::COUNT && reached && missed)
+            tally.floor_prefix = prefix | bin << Digit<LEVEL>::SHIFT;
     }
-    if (apart) suffix_sums(sums, tally.counts[level][0], scratch);
-    if (threadIdx.x == 0) tally.above = above;
-    // Through shared memory, so that lanes write neighbouring bins.
-    uint4* eight = reinterpret_cast<uint4*>(counts[0]) + 2 * threadIdx.x;
+    uint4* eight = reinterpret_cast<uint4*>(counts) + 2 * threadIdx.x;
     eight[0] = make_uint4(sums[0], sums[1], sums[2], sums[3]);
     eight[1] = make_uint4(sums[4], sums[5], sums[6], sums[7]);
     __syncthreads();
-    for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) {
-        u32 here = counts[0][bin], next = bin + 1 < BINS ? counts[0][bin + 1] : 0;
-        tally.counts[level][0][bin] = here;
-        u32 step = max(floor, above + here) - max(floor, above + next);
-        if (step > 0) atomicAdd(&contest_tally.steps[level][bin], step);
-    }
-    if (threadIdx.x == 0) atomicAdd(&contest_tally.least[level], max(floor, above));
 
-    if (!last_to_arrive(&contest_tally.arrivals, contest.end - contest.first)) return;
-    u32 least = contest_tally.least[level];
-    u32 budget = min(contest.budget, least + suffix_sums(sums, contest_tally.steps[level], scratch));
+    // What the segment takes when `count` keys of the prefix are above the cut.
+    bool contested = prefix == contest_prefix, alone = contest.end - contest.first == 1;
+    auto taken = [&](u32 count) { return contested ? max(floor, above + count) : floor; };
+    if (alone) {
+        for (u32 i = 0; i < 9; ++i) sums[i] = taken(sums[i]);
+        total = taken(total);
+    } else {
+        u32* steps = d.steps + ((u64)contest.steps * 3 + LEVEL) * BINS;
+        for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) {
+            u32 here = counts[bin], next = bin + 1 < BINS ? counts[bin + 1] : 0;
+            histogram[bin] = here;
+            u32 step = taken(here) - taken(next);
+            if (step > 0) atomicAdd(steps + bin, step);
+        }
+        if (threadIdx.x == 0) atomicAdd(&contest_tally.least[LEVEL], taken(0));
+        if (!last_to_arrive(&contest_tally.arrivals, contest.end - contest.first)) return;
+        u32 least = contest_tally.least[LEVEL];
+        total = least + suffix_sums(sums, steps, scratch);
+        for (u32 i = 0; i < 9; ++i) sums[i] += least;
+    }
+
+    // The contest's last block: the digit of its cut, and where that leaves each segment.
+    u32 budget = min(contest.budget, total);
     for (u32 i = 0; i < 8; ++i) {
         u32 bin = 8 * threadIdx.x + i;
-        if (bin < bins && least + sums[i] >= budget && (bin + 1 == bins || least + sums[i + 1] < budget))
-            picked = prefix | bin << shift;
+        bool missed = bin + 1 == Digit<LEVEL>::COUNT || sums[i + 1] < budget;
+        if (bin < Digit<LEVEL>::COUNT && sums[i] >= budget && missed)
+            picked = contest_prefix | bin << Digit<LEVEL>::SHIFT;
     }
     __syncthreads();
-    if (threadIdx.x == 0) contest_tally.prefix = picked;
-    if (level == 2) cut_segments(contest, segments, tallies, cuts, budget, picked, scratch);
+    u32 cut = picked;
+    auto sums_of = [&](u32 s) -> const u32* { return alone ? counts : d.histogram(LEVEL, s); };
+    if (LEVEL == 2) return cut_segments(d, contest, budget, cut, scratch, sums_of);
+    if (threadIdx.x == 0) contest_tally.prefix = cut;
+    for (u32 s = contest.first + threadIdx.x; s < contest.end; s += THREADS) {
+        Standing<LEVEL> at(d.tallies[s], sums_of(s), cut);
+        d.tallies[s].prefix = at.cut, d.tallies[s].above = at.above;
+    }
 }
 
-// Per tile of 4096 keys: how many are above the threshold and how many equal it, and whether that is of the tile or of
+// Blocks a multiprocessor: enough loads in flight. Level 1 needs more registers; level 2 more still, and loads little.
+#define TOP_K_LEVEL(LEVEL)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS, 5 - LEVEL)                                                   \
+        top_k_level_##LEVEL(const float* const* rows, const u32* lengths, const Segment* segments, const Span* spans,  \
+                            const Contest* contests, Tally* tallies, ContestTally* contest_tallies, u32* steps,        \
+                            u32* histograms, u32* marks, u32* candidates, Cut* cuts, u32 tiles) {                      \
+        descend<LEVEL>({rows, lengths, segments, spans, contests, tallies, contest_tallies, steps, histograms, marks,  \
+                        candidates, cuts}, tiles);                                                                     \
+    }
+TOP_K_LEVEL(0)
+TOP_K_LEVEL(1)
+TOP_K_LEVEL(2)
+
+// Per tile: how many keys are above the threshold and how many equal it, and whether that is of the tile or of
 // everything up to its end. One word, so that relaxed accesses are enough.
-constexpr u32 TILE = 4096;
 constexpr u64 OWN = 1, UP_TO_HERE = 2;
 __device__ inline u64 status_word(u64 flag, u32 above, u32 equal) { return flag << 62 | (u64)above << 31 | equal; }
 
@@ -274,37 +331,43 @@ __device__ inline void look_back(const u64* status, u32 tile, u32& above, u32& e
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    top_k_emit(const float* scores, const Segment* segments, const Range* ranges, const Cut* cuts, Tally* tallies,
-               u64* status, u32* positions) {
+    top_k_emit(const u32* lengths, const Segment* segments, const Cut* cuts, Tally* tallies, const u32* marks,
+               const u32* candidates, u64* status, u32* positions) {
     __shared__ u32 stage[TILE], warps[THREADS / 32], tile, above_before, equal_before;
-    Segment segment = segments[blockIdx.y];
-    Cut cut = cuts[blockIdx.y];
-    u64* tiles = status + (u64)blockIdx.y * gridDim.x;
-    if (threadIdx.x == 0) tile = atomicAdd(&tallies[blockIdx.y].ticket, 1);
+    u32 segment = blockIdx.y;
+    Cut cut = cuts[segment];
+    if (threadIdx.x == 0) tile = atomicAdd(&tallies[segment].ticket, 1);
     __syncthreads();
-    if ((u64)tile * TILE >= segment.length) return;
+    u32 length = lengths[segment], slot = tile * TILE + warp_id() * OF_WARP;
+    if (tile >= tiles_of(length)) return;
 
-    // A warp owns 512 keys, so that (warp, round, lane, component) is the order of slots.
-    Row row(scores, ranges, segment);
-    u32 unit = tile * (TILE / 4) + warp_id() * 128 + lane_id(), lower = (1 << lane_id()) - 1;
-    float4 loaded[4];
-#pragma unroll
-    for (u32 i = 0; i < 4; ++i) loaded[i] = row.load(unit + i * 32);
+    u64 tiles = segments[segment].first_tile;
+    u32 lower = (1 << lane_id()) - 1, mine = slot < length ? marks[(tiles + tile) * MARKS + threadIdx.x] : 0;
+    const u32* next = candidates + (tiles + tile) * TILE + warp_id() * OF_WARP;
     // Pairs of counts share a word: `above` in the low half, `equal` in the high one.
-    u32 ranks[4], own_above = 0, own_equal = 0, count = 0;
+    u32 ranks[ROUNDS], own_above = 0, own_equal = 0, count = 0;
 #pragma unroll
-    for (u32 i = 0; i < 4; ++i) {
-        u32 keys[4], valid = row.valid(unit + i * 32);
-        row.keys(keys, loaded[i], unit + i * 32);
+    for (u32 i = 0; i < ROUNDS; ++i) {
+        u32 candidate[4], at = 0, found = 0;
+#pragma unroll
+        for (u32 j = 0; j < 4; ++j) {
+            candidate[j] = __shfl_sync(ALL_LANES, mine, 16 + i * 4 + j);
+            at += __popc(candidate[j] & lower), found += __popc(candidate[j]);
+        }
         ranks[i] = count;
 #pragma unroll
         for (u32 j = 0; j < 4; ++j) {
-            bool is_above = j < valid && keys[j] > cut.threshold, is_equal = j < valid && keys[j] == cut.threshold;
+            bool is_above = __shfl_sync(ALL_LANES, mine, i * 4 + j) >> lane_id() & 1, is_equal = false;
+            if (candidate[j] >> lane_id() & 1) {
+                u32 key = next[at++];
+                is_above = key > cut.threshold, is_equal = key == cut.threshold;
+            }
             u32 above = __ballot_sync(ALL_LANES, is_above), equal = __ballot_sync(ALL_LANES, is_equal);
             own_above |= is_above << (i * 4 + j), own_equal |= is_equal << (i * 4 + j);
             ranks[i] += __popc(above & lower) | __popc(equal & lower) << 16;
             count += __popc(above) | __popc(equal) << 16;
         }
+        next += found;
     }
     if (lane_id() == 0) warps[warp_id()] = count;
     __syncthreads();
@@ -315,28 +378,37 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 
     if (warp_id() == 0) {
+        u64* states = status + tiles;
         u32 above, equal;
-        if (lane_id() == 0 && tile > 0) store_relaxed(tiles + tile, status_word(OWN, all & 0xffff, all >> 16));
-        look_back(tiles, tile, above, equal);
+        if (lane_id() == 0 && tile > 0) store_relaxed(states + tile, status_word(OWN, all & 0xffff, all >> 16));
+        look_back(states, tile, above, equal);
         if (lane_id() == 0) {
-            store_relaxed(tiles + tile, status_word(UP_TO_HERE, above + (all & 0xffff), equal + (all >> 16)));
+            store_relaxed(states + tile, status_word(UP_TO_HERE, above + (all & 0xffff), equal + (all >> 16)));
             above_before = above, equal_before = equal;
         }
     }
     __syncthreads();
     u32 start = above_before + min(equal_before, cut.ties);
 #pragma unroll
-    for (u32 i = 0; i < 4; ++i) {
+    for (u32 i = 0; i < ROUNDS; ++i) {
         u32 above = above_before + ((before + ranks[i]) & 0xffff), equal = equal_before + ((before + ranks[i]) >> 16);
 #pragma unroll
         for (u32 j = 0; j < 4; ++j) {
             bool is_above = own_above >> (i * 4 + j) & 1, is_equal = own_equal >> (i * 4 + j) & 1;
             if (is_above || (is_equal && equal < cut.ties))
-                stage[above + min(equal, cut.ties) - start] = (unit + i * 32) * 4 + j;
+                stage[above + min(equal, cut.ties) - start] = slot + i * 128 + lane_id() * 4 + j;
             above += is_above, equal += is_equal;
         }
     }
     __syncthreads();
     u32 end = above_before + (all & 0xffff) + min(equal_before + (all >> 16), cut.ties);
     for (u32 i = threadIdx.x; i < end - start; i += THREADS) positions[cut.positions + start + i] = stage[i];
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    top_k_pin(float* const* rows, const Cut* cuts, const u32* positions) {
+    float* row = rows[blockIdx.y];
+    Cut cut = cuts[blockIdx.y];
+    u32 stop = min(blockIdx.x * 1024 + 1024, cut.count);
+    for (u32 i = blockIdx.x * 1024 + threadIdx.x; i < stop; i += THREADS) row[positions[cut.positions + i]] = INFINITE;
 }

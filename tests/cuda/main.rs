@@ -2,6 +2,7 @@
 
 mod bits;
 mod device;
+mod errors;
 mod mutants;
 
 use device::Gpu;

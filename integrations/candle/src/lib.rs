@@ -9,6 +9,8 @@ mod batch;
 pub mod cache;
 pub mod capture;
 pub mod compressing;
+#[cfg(feature = "cuda")]
+pub mod device;
 pub mod dump;
 mod elementwise;
 pub mod host;

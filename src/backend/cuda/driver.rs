@@ -35,7 +35,8 @@ pub(super) struct Driver {
 /// A loaded PTX file.
 pub(super) struct Module {
     pub(super) handle: sys::CUmodule,
-    pub(super) functions: HashMap<String, sys::CUfunction>,
+    /// With the bytes of dynamic shared memory that each may be launched with.
+    pub(super) functions: HashMap<String, (sys::CUfunction, u32)>,
 }
 
 // SAFETY: handles of the driver may be used from every thread once the context is current there, which `bind` sees to.
@@ -89,6 +90,18 @@ impl Driver {
     /// Makes the context current on this thread.
     pub(super) fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(|e| failure("cuCtxSetCurrent", e))
+    }
+
+    /// Zeroes memory in stream order. Safe inside this crate for the same reason as a launch.
+    pub(super) fn clear(&self, at: Ptr<u8>, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: the pointer comes from an allocation of at least so many bytes that lives until the stream is done
+        // with it, as those that kernels are given.
+        unsafe { result::memset_d8_async(at.address, 0, bytes, self.stream) }
+            .map_err(|e| failure("cuMemsetD8Async", e))
     }
 
     /// Waits for all work on the stream.
@@ -219,15 +232,7 @@ impl Memory {
     /// Zeroes some bytes.
     pub(super) fn clear(&self, offset: usize, bytes: usize) -> Result<()> {
         assert!(offset + bytes <= self.bytes, "clearing stays inside");
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.driver.bind()?;
-        // SAFETY: inside this allocation, in stream order.
-        unsafe {
-            result::memset_d8_async(self.address + offset as u64, 0, bytes, self.driver.stream)
-        }
-        .map_err(|e| failure("cuMemsetD8Async", e))
+        self.driver.clear(self.at(offset), bytes)
     }
 
     /// The address of the byte `offset`.

@@ -110,21 +110,22 @@ fn function(
         modules.insert(file, Module { handle, functions: HashMap::new() });
     }
     let module = modules.get_mut(file).expect("loaded above");
-    if let Some(&function) = module.functions.get(&name) {
-        return Ok(function);
+    if !module.functions.contains_key(&name) {
+        let symbol = CString::new(name.as_str()).expect("names of kernels hold no NUL");
+        // SAFETY: the module is loaded.
+        let function = unsafe { result::module::get_function(module.handle, symbol) }
+            .map_err(|e| failure("cuModuleGetFunction", e))?;
+        module.functions.insert(name.clone(), (function, SHARED));
     }
-    let symbol = CString::new(name.as_str()).expect("names of kernels hold no NUL");
-    // SAFETY: the module is loaded.
-    let function = unsafe { result::module::get_function(module.handle, symbol) }
-        .map_err(|e| failure("cuModuleGetFunction", e))?;
-    if shared > SHARED {
+    let (function, allowed) = module.functions.get_mut(&name).expect("found above");
+    if shared > *allowed {
         let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        // SAFETY: the function was just found.
-        unsafe { result::function::set_function_attribute(function, most, shared as i32) }
+        // SAFETY: a function of a module that is loaded.
+        unsafe { result::function::set_function_attribute(*function, most, shared as i32) }
             .map_err(|e| failure("cuFuncSetAttribute", e))?;
+        *allowed = shared;
     }
-    module.functions.insert(name, function);
-    Ok(function)
+    Ok(*function)
 }
 
 /// A value that a kernel can be given.

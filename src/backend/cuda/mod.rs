@@ -14,9 +14,12 @@ mod floats;
 mod key_scores;
 mod lag;
 mod launch;
+mod mass_count;
 mod pool;
 mod ptx;
+mod rank;
 mod rows;
+mod selection;
 mod top_k;
 mod value_norm;
 mod views;
@@ -222,7 +225,7 @@ impl Backend for Cuda {
         rows::raise(self, by, rows)
     }
     fn mass_count(&self, thresholds: &[f32], caps: &[u32], mass: &Floats) -> Result<Vec<u32>> {
-        top_k::mass_count(self, thresholds, caps, mass)
+        mass_count::run(self, thresholds, caps, mass)
     }
     fn pin_top(&self, counts: &[u32], by: &Floats, rows: &mut Floats) -> Result<()> {
         top_k::pin_top(self, counts, by, rows)
@@ -233,7 +236,7 @@ impl Backend for Cuda {
         weights: &[f32],
         rows: &mut Floats,
     ) -> Result<()> {
-        rows::rank(self, protected, weights, rows)
+        rank::run(self, protected, weights, rows)
     }
     fn share_heads(&self, heads: &[usize], rows: &mut Floats) -> Result<()> {
         rows::share_heads(self, heads, rows)
@@ -272,7 +275,10 @@ fn signatures() -> Vec<ptx::tests::Signature> {
     [
         pool::signatures(),
         rows::signatures(),
+        selection::signatures(),
         top_k::signatures(),
+        mass_count::signatures(),
+        rank::signatures(),
         window_attention::signatures(),
         value_norm::signatures(),
         key_scores::signatures(),

@@ -6,7 +6,17 @@ macro_rules! files {
         &[$(($name, include_str!(concat!("../../../kernels/ptx/", $name, ".ptx")))),*]
     };
 }
-pub(super) const FILES: &[(&str, &str)] = files!("key_scores" "lag" "pool" "rows");
+pub(super) const FILES: &[(&str, &str)] = files! {
+    "attend"
+    "attend_mma"
+    "key_scores"
+    "lag"
+    "mass_count"
+    "pool"
+    "rank"
+    "rows"
+    "top_k"
+};
 
 #[cfg(test)]
 pub(super) mod tests {

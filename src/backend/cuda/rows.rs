@@ -8,11 +8,8 @@ use super::launch::{Grid, Kernel};
 use super::views::Positions;
 use super::{Cuda, DeviceLayer, Floats, check};
 use crate::backend::ops::NormScale;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ragged::Ragged;
-
-const UNDONE: Error =
-    Error::Unsupported { what: "this operation on CUDA", why: "it is not written yet" };
 
 /// Rows, lengths, counts.
 const COUNT_NAN: Kernel<(Ptr<Ptr<f32>>, Ptr<u32>, Ptr<u32>)> = Kernel::new("rows", "count_nan");
@@ -161,16 +158,6 @@ pub(super) fn weigh(cuda: &Cuda, epsilon: f32, rows: &Floats, norms: &mut Floats
 pub(super) fn raise(cuda: &Cuda, by: &Floats, rows: &mut Floats) -> Result<()> {
     check::raise(by, rows)?;
     RAISE.launch(&cuda.driver, "", grid(rows), (rows.rows(), by.rows(), rows.lengths()))
-}
-
-pub(super) fn rank(
-    _: &Cuda,
-    protected: &Ragged<Range<u32>>,
-    weights: &[f32],
-    rows: &mut Floats,
-) -> Result<()> {
-    check::rank(protected, weights, rows)?;
-    Err(UNDONE)
 }
 
 pub(super) fn share_heads(cuda: &Cuda, heads: &[usize], rows: &mut Floats) -> Result<()> {

@@ -1,47 +1,114 @@
-//! Exact selection: launches `kernels/top_k.cu`.
+//! Selections as the host asks for them, and their slots pinned in other rows.
 
 use std::ops::Range;
 
+use super::driver::{Memory, Ptr};
+use super::floats::Table;
+use super::launch::{Grid, Kernel};
+use super::selection::{self, Cut, Problem, Span};
 use super::{Cuda, Floats, check};
-use crate::backend::ops::TopK;
-use crate::error::{Error, Result};
+use crate::backend::check::Lens;
+use crate::backend::ops::{Contest, TopK};
+use crate::error::Result;
 use crate::ragged::Ragged;
 
-const UNDONE: Error =
-    Error::Unsupported { what: "this operation on CUDA", why: "it is not written yet" };
+/// Rows, cuts, positions.
+const PIN: Kernel<(Ptr<Ptr<f32>>, Ptr<Cut>, Ptr<u32>)> = Kernel::new("top_k", "top_k_pin");
+/// Slots that a block pins.
+const PINS: u32 = 1024;
 
 /// Selected slots of every segment, on the device.
-pub struct Selection {}
+pub struct Selection {
+    /// A [`Cut`] per segment, then the positions.
+    memory: Memory,
+    segments: usize,
+    /// Positions that there is room for.
+    positions: usize,
+}
 
 impl Selection {
+    fn new(cuda: &Cuda, segments: usize, positions: usize) -> Result<Self> {
+        let bytes = segments * size_of::<Cut>() + positions * size_of::<u32>();
+        let memory = Memory::new(&cuda.driver, "a selection", bytes)?;
+        Ok(Self { memory, segments, positions })
+    }
+
+    /// What is kept of each segment: where its positions start, and how many there are.
+    pub(super) fn cuts(&self) -> Ptr<Cut> {
+        self.memory.at(0)
+    }
+    /// Positions of all segments.
+    pub(super) fn positions(&self) -> Ptr<u32> {
+        self.memory.at(self.segments * size_of::<Cut>())
+    }
+
     pub(super) fn counts(&self) -> Result<Vec<u32>> {
-        Err(UNDONE)
+        let cuts: Vec<Cut> = self.memory.read(0, self.segments)?;
+        Ok(cuts.iter().map(|cut| cut.count).collect())
     }
     pub(super) fn to_host(&self) -> Result<Ragged<u32>> {
-        Err(UNDONE)
+        let cuts: Vec<Cut> = self.memory.read(0, self.segments)?;
+        let start = self.segments * size_of::<Cut>();
+        let positions: Vec<u32> = self.memory.read(start, self.positions)?;
+        let of = |cut: &Cut| positions[cut.start as usize..][..cut.count as usize].to_vec();
+        Ok(cuts.iter().map(of).collect())
     }
 }
 
-pub(super) fn run(_: &Cuda, _: &TopK<'_>, _: &[(&Floats, Range<usize>)]) -> Result<Selection> {
-    Err(UNDONE)
+impl Lens for Vec<u32> {
+    fn rows(&self) -> usize {
+        self.len()
+    }
+    fn len(&self, row: usize) -> usize {
+        self[row] as usize
+    }
 }
 
-pub(super) fn mass_count(
-    _: &Cuda,
-    thresholds: &[f32],
-    caps: &[u32],
-    mass: &Floats,
-) -> Result<Vec<u32>> {
-    check::mass_count(thresholds, caps, mass)?;
-    Err(UNDONE)
+pub(super) fn run(
+    cuda: &Cuda,
+    op: &TopK<'_>,
+    parts: &[(&Floats, Range<usize>)],
+) -> Result<Selection> {
+    let (mut rows, mut lens) = (Vec::new(), Vec::new());
+    for (part, range) in parts {
+        check::within("rows of a part", part.lens().len(), range.end)?;
+        rows.extend(range.clone().map(|row| part.row(row).address));
+        lens.extend(range.clone().map(|row| part.lens()[row]));
+    }
+    check::top_k(op, &lens)?;
+    let spans = |row: &[Range<u32>]| row.iter().cloned().map(Span::from).collect::<Vec<_>>();
+    let protected = op.protected.iter().map(spans).collect();
+    let problem = Problem::new(cuda, op.contests, &protected, &lens)?;
+    let shape = problem.shape;
+    let mut table = Table::default();
+    let (rows, lens) = (table.push(&rows), table.push(&lens));
+    let slots = problem.into_table(&mut table);
+    let sent = table.send(cuda)?;
+    let inputs = slots.inputs(&sent, Ptr::at(sent.at(rows).address), sent.at(lens));
+    let bytes = selection::workspace_bytes(&shape);
+    let workspace = Memory::new(&cuda.driver, "workspace of a selection", bytes)?;
+    let chosen = Selection::new(cuda, shape.segments, shape.positions)?;
+    selection::launch(cuda, &shape, inputs, chosen.cuts(), chosen.positions(), workspace.at(0))?;
+    Ok(chosen)
 }
 
-pub(super) fn pin_top(_: &Cuda, counts: &[u32], by: &Floats, rows: &mut Floats) -> Result<()> {
+pub(super) fn pin_top(cuda: &Cuda, counts: &[u32], by: &Floats, rows: &mut Floats) -> Result<()> {
     check::pin_top(counts, by, rows)?;
-    Err(UNDONE)
+    let contest = |(s, &count): (usize, &u32)| Contest {
+        segments: s..s + 1,
+        budget: u64::from(count),
+        floors: vec![0],
+    };
+    let contests: Vec<Contest> = counts.iter().enumerate().map(contest).collect();
+    let protected = Ragged::filled(counts.iter().map(|_| 0), 0..0);
+    let op = TopK { contests: &contests, protected: &protected };
+    let pinned = run(cuda, &op, &[(by, 0..by.lens().len())])?;
+    let most = counts.iter().copied().max().unwrap_or(0);
+    let grid = Grid::new(most.div_ceil(PINS) as usize, counts.len(), 256);
+    PIN.launch(&cuda.driver, "", grid, (rows.rows(), pinned.cuts(), pinned.positions()))
 }
 
 #[cfg(test)]
 pub(super) fn signatures() -> Vec<super::ptx::tests::Signature> {
-    vec![]
+    vec![(&PIN).into()]
 }

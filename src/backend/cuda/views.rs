@@ -29,6 +29,13 @@ pub(super) struct HeadRows {
     unused: u32,
 }
 
+impl HeadRows {
+    /// Rows `stride` bytes apart from `base` on.
+    pub(super) fn strided(base: u64, stride: usize) -> Self {
+        Self { base, stride: stride as i64, table: -1, page: 0, magic: 0, shift: 0, unused: 0 }
+    }
+}
+
 /// Heads of any number of tensors, on their way to the device.
 #[derive(Default)]
 pub(super) struct Heads {
@@ -64,15 +71,7 @@ impl Heads {
         aligned(row)?;
         for head in 0..tensor.heads() {
             let start = |row: usize| aligned(base + tensor.start(head, row) as u64 * size);
-            let strided = HeadRows {
-                stride: row as i64,
-                table: -1,
-                page: 0,
-                magic: 0,
-                shift: 0,
-                unused: 0,
-                base,
-            };
+            let strided = HeadRows::strided(base, row as usize);
             let of_head = match tensor.layout() {
                 _ if tensor.len(head) == 0 => strided,
                 Layout::Strided { row_stride, .. } => {

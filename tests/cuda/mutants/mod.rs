@@ -8,7 +8,9 @@
 
 mod edit;
 mod pool;
+mod rank;
 mod rows;
+mod top_k;
 
 use std::fmt::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -42,7 +44,7 @@ pub struct Mutant {
     pub expected: &'static [Caught],
 }
 
-const MUTANTS: &[&[Mutant]] = &[pool::MUTANTS, rows::MUTANTS];
+const MUTANTS: &[&[Mutant]] = &[pool::MUTANTS, rank::MUTANTS, rows::MUTANTS, top_k::MUTANTS];
 
 /// `file, drive { kernel: "bug", [which, of] "find" => "with", …; expected, …; }` as a list of [`Mutant`]s.
 macro_rules! mutants {

@@ -40,8 +40,8 @@ pub fn get(attribute: u32, ordinal: i32) -> Option<i32> {
         40 => 3,  // copy engines
         41 => 1,  // unified addressing
         51 => 32, // texture pitch alignment
-        75 => 9,  // compute capability
-        76 => 0,
+        75 => super::init::from_environment("SIMCUDA_CAPABILITY", 90) / 10,
+        76 => super::init::from_environment("SIMCUDA_CAPABILITY", 90) % 10,
         78 => 1,      // stream priorities
         79 | 80 => 1, // L1
         81 => SHARED_PER_MULTIPROCESSOR as i32,

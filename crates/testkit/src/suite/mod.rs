@@ -32,8 +32,8 @@ macro_rules! for_each_case {
             key_scores: norms differences storage wide magnitudes no_direction non_finite recency random errors;
             lag: cross_scores ranks storage wide ties short_heads flat_channels non_finite errors;
             pool: averages maxima non_finite errors;
-            rows: containers nan_counts norm_scales mean_floors weights raises ranks shared_heads units picks errors;
-            top_k: lengths values floors contests parts random_problems pins masses errors;
+            rows: containers nan_counts norm_scales mean_floors weights raises ranks long_ranks shared_heads units picks errors;
+            top_k: lengths values floors contests tiles parts random_problems pins masses errors;
             top_k_golden: cases;
             value_norm: lengths shapes storage batches compressed zeros errors;
             window_attention: lengths windows reductions shapes storage log_sum_exps keys gaps compressed

@@ -156,6 +156,17 @@ pub fn raises<D: TestDevice>(device: &D) {
 
 /// Places by protection, then score, ties by slot, NaN last; what is pinned stays.
 pub fn ranks<D: TestDevice>(device: &D) {
+    Scores::ALL.into_iter().for_each(|kind| ranked(device, &LENGTHS, kind));
+}
+
+/// The same over several thousand slots.
+pub fn long_ranks<D: TestDevice>(device: &D) {
+    for kind in [Scores::Random, Scores::Ties, Scores::Extremes] {
+        ranked(device, &[2047, 4097, 0, 2048], kind);
+    }
+}
+
+fn ranked<D: TestDevice>(device: &D, lens: &[u32], kind: Scores) {
     type Ranges = Ragged<Range<u32>>;
     fn ranked<F: Float>(protected: &Ranges, weights: &[f32], rows: &[Vec<f32>]) -> Matrix<F> {
         let mut rows = cast(rows);
@@ -165,11 +176,11 @@ pub fn ranks<D: TestDevice>(device: &D) {
         rows
     }
     let some = |n: u32| vec![0..n.min(2), n - n / 4..n];
-    let none: Ranges = LENGTHS.iter().map(|_| Vec::new()).collect();
-    let some: Ranges = LENGTHS.iter().map(|&n| if n < 3 { vec![] } else { some(n) }).collect();
-    let weights: Vec<f32> = (0..LENGTHS.len()).map(|s| (s % 4) as f32 * 10.5).collect();
-    for (kind, protected) in Scores::ALL.into_iter().flat_map(|k| [(k, &none), (k, &some)]) {
-        let rows = rows_of(kind);
+    let none: Ranges = lens.iter().map(|_| Vec::new()).collect();
+    let some: Ranges = lens.iter().map(|&n| if n < 3 { vec![] } else { some(n) }).collect();
+    let weights: Vec<f32> = (0..lens.len()).map(|s| (s % 4) as f32 * 10.5).collect();
+    for protected in [&none, &some] {
+        let rows: Vec<Vec<f32>> = (5..).zip(lens).map(|(s, &len)| kind.row(len, s)).collect();
         let got = changed(device, &rows, |b, rows| b.rank(protected, &weights, rows));
         let want = ranked(protected, &weights, &rows);
         let baseline = ranked(protected, &weights, &rows);

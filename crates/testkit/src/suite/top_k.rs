@@ -182,6 +182,28 @@ pub fn contests<D: TestDevice>(device: &D) {
     Problem { scores: vec![], contests: vec![], protected: vec![] }.check(device, &"nothing");
 }
 
+/// Around and over several tiles, in one contest and in many; the cut in a crowd of ties, or among few.
+pub fn tiles<D: TestDevice>(device: &D) {
+    let lens = [4095, 4097, 0, 8193, 1, 12_288, 4096];
+    let total: u64 = lens.iter().map(|&n| u64::from(n)).sum();
+    for (kind, protected) in [
+        (Scores::Random, Protected::SinksAndRecent),
+        (Scores::Ties, Protected::Nothing),
+        (Scores::Equal, Protected::Middle),
+    ] {
+        let floors = lens.iter().map(|&n| u64::from(n) / 9).collect();
+        let problem = Problem::one(rows(&lens, kind, 9), total / 3, floors, protected);
+        problem.check(device, &(kind, protected));
+        let contest = |(s, &n): (usize, &u32)| Contest {
+            segments: s..s + 1,
+            budget: u64::from(n) * 2 / 3,
+            floors: vec![u64::from(n > 1)],
+        };
+        let contests = lens.iter().enumerate().map(contest).collect();
+        Problem { contests, ..problem }.check(device, &(kind, protected, "each its own"));
+    }
+}
+
 /// Rows that come from several containers, and from parts of them, are numbered part after part.
 pub fn parts<D: TestDevice>(device: &D) {
     let scores = rows(&[20, 33, 0, 64, 5], Scores::Ties, 8);
@@ -249,6 +271,9 @@ pub fn masses<D: TestDevice>(device: &D) {
         });
         rows.push(row.iter().map(|&n| n as f32 / 1024.0).collect());
     }
+    // Long, of many small masses, and with one that has all but nothing.
+    rows.push((0..5000).map(|t| if t % 5 == 0 { 1.0 / 1024.0 } else { 0.0 }).collect());
+    rows.push((0..3000).map(|t| if t == 2999 { 0.9990234375 } else { 0.0 }).collect());
     let on_device = upload(device, &rows);
     let every = [0.0, 0.25, 0.5, 0.875, 0.9375, 1.0];
     for first in 0..every.len() {
