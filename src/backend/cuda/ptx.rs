@@ -23,18 +23,6 @@ pub(super) const FILES: &[(&str, &str)] = files! {
     "value_norm"
     "window_attention"
 };
-    "key_scores"
-    "lag"
-    "mass_count"
-    "pool"
-    "rank"
-    "rows"
-    "top_k"
-    "top_k_emit"
-    "value_norm"
-    "window_attention"
-};
-};
 
 #[cfg(test)]
 pub(super) mod tests {
