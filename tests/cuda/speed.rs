@@ -199,7 +199,7 @@ fn table(all: &[Measured], manifest: &BTreeMap<String, Value>) -> String {
             let fact =
                 |arch: &str, what: &str| manifest[name][arch][what].as_u64().expect("a number");
             let of_each = |what| format!("{} / {}", fact("sm_80", what), fact("sm_90", what));
-            let blocks = |arch, shared: u64| resident(fact(arch, "registers"), c, u64::from(shared) << 10);
+            let blocks = |arch, shared: u64| resident(fact(arch, "registers"), c, shared << 10);
             writeln!(
                 text,
                 "| {name} | {} | {} | {} | {} | {} / {} | {} | {} | {} | {} |",
