@@ -93,6 +93,13 @@ pub(super) struct Cut {
     unused: u32,
 }
 
+impl Cut {
+    /// Slots that the host chose.
+    pub(super) fn chosen(start: usize, count: usize) -> Self {
+        Self { start: start as u64, count: count as u32, threshold: 0, ties: 0, unused: 0 }
+    }
+}
+
 /// What the host knows of a selection: it sizes memory and grids.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shape {

@@ -11,6 +11,8 @@ mod pool;
 mod rank;
 mod rows;
 mod top_k;
+mod value_norm;
+mod window_attention;
 
 use std::fmt::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -44,7 +46,14 @@ pub struct Mutant {
     pub expected: &'static [Caught],
 }
 
-const MUTANTS: &[&[Mutant]] = &[pool::MUTANTS, rank::MUTANTS, rows::MUTANTS, top_k::MUTANTS];
+const MUTANTS: &[&[Mutant]] = &[
+    pool::MUTANTS,
+    rank::MUTANTS,
+    rows::MUTANTS,
+    top_k::MUTANTS,
+    value_norm::MUTANTS,
+    window_attention::MUTANTS,
+];
 
 /// `file, drive { kernel: "bug", [which, of] "find" => "with", …; expected, …; }` as a list of [`Mutant`]s.
 macro_rules! mutants {

@@ -12,6 +12,6 @@ mutants! {
             [0..1, 1] "atom.global.add.u32 $1, [$2], $3;" => "st.global.u32 [$2], $3;"; RACE, Reference;
     }
     "rows", rows::raises => {
-        "raise": "a NaN to raise by is dropped", [0..1, 1] "setp.nan.f32 $1, $2, $2;" => "setp.ne.f32 $1, $2, $2;"; Reference;
+        "raise": "a NaN to raise by is dropped", [0..4, 4] "setp.nan.f32 $1, $2, $2;" => "setp.ne.f32 $1, $2, $2;"; Reference;
     }
 }
