@@ -7,6 +7,8 @@
 //! occurrences is part of it: an edit that no longer fits the PTX fails loudly.
 
 mod edit;
+mod key_scores;
+mod lag;
 mod pool;
 mod rank;
 mod rows;
@@ -44,7 +46,14 @@ pub struct Mutant {
     pub expected: &'static [Caught],
 }
 
-const MUTANTS: &[&[Mutant]] = &[pool::MUTANTS, rank::MUTANTS, rows::MUTANTS, top_k::MUTANTS];
+const MUTANTS: &[&[Mutant]] = &[
+    key_scores::MUTANTS,
+    lag::MUTANTS,
+    pool::MUTANTS,
+    rank::MUTANTS,
+    rows::MUTANTS,
+    top_k::MUTANTS,
+];
 
 /// `file, drive { kernel: "bug", [which, of] "find" => "with", …; expected, …; }` as a list of [`Mutant`]s.
 macro_rules! mutants {
