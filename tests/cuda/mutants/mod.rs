@@ -11,6 +11,8 @@ mod attend;
 mod compact;
 mod edit;
 mod gather;
+mod key_scores;
+mod lag;
 mod pool;
 mod rank;
 mod rows;
@@ -55,6 +57,8 @@ const MUTANTS: &[&[Mutant]] = &[
     attend::MUTANTS,
     compact::MUTANTS,
     gather::MUTANTS,
+    key_scores::MUTANTS,
+    lag::MUTANTS,
     pool::MUTANTS,
     rank::MUTANTS,
     rows::MUTANTS,
