@@ -28,7 +28,7 @@ use crate::naive::Matrix;
 macro_rules! for_each_case {
     ($then:ident, $($args:tt)*) => {
         $crate::$then! { $($args)*;
-            attend: lengths queries shapes storage dims row_blocks ragged_heads splits batches peaky non_finite errors;
+            attend: lengths queries shapes storage dims row_blocks ragged_heads splits many_heads batches peaky non_finite errors;
             key_scores: norms differences storage no_direction non_finite recency random errors;
             lag: cross_scores ranks storage short_heads flat_channels errors;
             pool: averages maxima non_finite errors;
