@@ -14,26 +14,45 @@ const RADIUS: u32 = 64;
 
 pub(super) fn run(cuda: &Cuda, op: &Pool<'_>, rows: &mut Floats) -> Result<()> {
     check::pool(op, rows)?;
-    let radius = op.kernel / 2;
-    if radius > RADIUS {
-        let (got, limit) = (op.kernel.into(), u64::from(2 * RADIUS + 1));
-        return Err(Error::TooLarge { what: "pooling kernel on CUDA", got, limit });
-    }
+    let radius = radius(op.kernel)?;
     // What takes part is pooled into a copy; the rest of each row is already there.
     let out = rows.slice(cuda, 0..rows.lens().len())?;
     let mut table = super::floats::Table::default();
     let lens = table.push(op.lens);
     let sent = table.send(cuda)?;
     let longest = op.lens.iter().copied().max().unwrap_or(0);
-    let grid = Grid::new(longest.div_ceil(TILE) as usize, op.lens.len(), 256);
-    let variant = match op.kind {
+    let shape = (longest, op.lens.len());
+    launch(cuda, op.kind, radius, shape, (rows.rows(), out.rows()), sent.at(lens))?;
+    *rows = out;
+    Ok(())
+}
+
+/// Slots to either side that a pooling kernel sees.
+pub(super) fn radius(kernel: u32) -> Result<u32> {
+    match kernel / 2 {
+        radius if radius > RADIUS => {
+            let (got, limit) = (kernel.into(), u64::from(2 * RADIUS + 1));
+            Err(Error::TooLarge { what: "pooling kernel on CUDA", got, limit })
+        }
+        radius => Ok(radius),
+    }
+}
+
+/// Pools the first `lengths[r]` entries of each row of `from` into `to`. One launch.
+pub(super) fn launch(
+    cuda: &Cuda,
+    kind: Pooling,
+    radius: u32,
+    (longest, rows): (u32, usize),
+    (from, to): (Ptr<Ptr<f32>>, Ptr<Ptr<f32>>),
+    lengths: Ptr<u32>,
+) -> Result<()> {
+    let grid = Grid::new(longest.div_ceil(TILE) as usize, rows, 256);
+    let variant = match kind {
         Pooling::Avg => "avg",
         Pooling::Max => "max",
     };
-    let arguments = (rows.rows(), out.rows(), sent.at(lens), radius as i32);
-    POOL.launch(&cuda.driver, variant, grid, arguments)?;
-    *rows = out;
-    Ok(())
+    POOL.launch(&cuda.driver, variant, grid, (from, to, lengths, radius as i32))
 }
 
 #[cfg(test)]

@@ -7,13 +7,21 @@ macro_rules! files {
     };
 }
 pub(super) const FILES: &[(&str, &str)] = files! {
+    "append"
     "attend"
     "attend_mma"
+    "compact"
+    "gather"
+    "key_scores"
+    "lag"
     "mass_count"
     "pool"
     "rank"
     "rows"
     "top_k"
+    "top_k_emit"
+    "value_norm"
+    "window_attention"
 };
 
 #[cfg(test)]
