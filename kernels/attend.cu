@@ -165,8 +165,7 @@ extern "C" __global__ void __launch_bounds__(128) attend_f32(WORK_PARAMETERS) {
 #pragma unroll
                 for (u32 r = 0; r < ROWS; ++r) add(o[r][0], v0, factors[r]), add(o[r][1], v1, factors[r]);
             }
-            // All lanes have read before any refills.
-            __syncwarp();
+            // All lanes have read keys before the weights, and a lane refills those of the values that it alone reads.
             if (tile + 2 < tiles) fetch(tile + 2);
             commit_copies();
         }

@@ -16,17 +16,22 @@ mutants! {
             UNINITIALISED, RACE;
         "attend_plan": "the rest of a segment gets no item",
             [0..1, 1] "div.u32 $1, $2, $3;" => ROUNDED_DOWN; UNINITIALISED, Reference;
-        "attend_plan": "items of later segments over those of the first ones",
-            [0..1, 1] "shfl.sync.idx.b32 $1|$2, $3, $4, $4, $5;" => "mov.u32 $1, 0;"; UNINITIALISED, Reference;
         "attend_f32": "keys are not waited for", [1..2, 2] "cp.async.wait_group 1;" => "";
             By(AsyncNotWaited), UNINITIALISED;
-        "attend_f32": "no barrier between weights and their use", [1..2, 3] "bar.warp.sync -1;" => "";
+        "attend_f32": "other lanes' copies are not waited for", [0..1, 2] "bar.warp.sync -1;" => "";
+            RACE, UNINITIALISED, By(AsyncNotWaited);
+        "attend_f32": "no barrier between weights and their use", [1..2, 2] "bar.warp.sync -1;" => "";
             RACE, UNINITIALISED;
-        "attend_f32": "a stage refilled while lanes still read it", [2..3, 3] "bar.warp.sync -1;" => ""; RACE;
+    }
+    "attend", attend::many_heads => {
+        "attend_plan": "items of later segments over those of the first ones",
+            [0..1, 1] "shfl.sync.idx.b32 $1|$2, $3, $4, $4, $5;" => "mov.u32 $1, 0;"; UNINITIALISED, Reference;
     }
     "attend_mma", attend::splits => {
         "attend_mma_f16_64": "a stage refilled while lanes still read it",
             [1..2, 2] "bar.warp.sync -1;" => ""; RACE;
+    }
+    "attend_mma", attend::many_heads => {
         "attend_mma_f16_64": "queries of an item over partial outputs of the last one",
             [0..1, 4] "bar.sync 0;" => ""; RACE;
     }
