@@ -171,3 +171,67 @@ struct Rows {
         return reinterpret_cast<const char*>(base) + row * stride;
     }
 };
+
+// Sixteen bytes of a row, widened to f32: exact, NaN and infinities included.
+struct F32Chunk {
+    static constexpr int COUNT = 4;
+    __device__ static void widen(const uint4& words, float (&x)[COUNT]) {
+        x[0] = __uint_as_float(words.x), x[1] = __uint_as_float(words.y);
+        x[2] = __uint_as_float(words.z), x[3] = __uint_as_float(words.w);
+    }
+};
+struct Bf16Chunk {
+    static constexpr int COUNT = 8;
+    __device__ static void widen(const uint4& words, float (&x)[COUNT]) {
+        const u32 word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            x[2 * i] = __uint_as_float(word[i] << 16);
+            x[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000);
+        }
+    }
+};
+struct F16Chunk {
+    static constexpr int COUNT = 8;
+    __device__ static void widen(const uint4& words, float (&x)[COUNT]) {
+        const u32 word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+                : "=f"(x[2 * i]), "=f"(x[2 * i + 1])
+                : "r"(word[i]));
+        }
+    }
+};
+
+// The reductions above in f64.
+struct WideSum {
+    __device__ static double none() { return 0.0; }
+    __device__ static double of(double a, double b) { return a + b; }
+};
+struct WideMax {
+    __device__ static double none() { return -__longlong_as_double(0x7ff0000000000000); }
+    __device__ static double of(double a, double b) { return fmax(a, b); }
+};
+
+template <class Op> __device__ inline double warp_reduce(double x) {
+    for (int distance = 16; distance > 0; distance /= 2)
+        x = Op::of(x, __shfl_xor_sync(ALL_LANES, x, distance));
+    return x;
+}
+
+template <class Op> __device__ inline double block_reduce(double x, double* scratch) {
+    x = warp_reduce<Op>(x);
+    __syncthreads();
+    if (lane_id() == 0) scratch[warp_id()] = x;
+    __syncthreads();
+    return warp_reduce<Op>(lane_id() < blockDim.x / 32 ? scratch[lane_id()] : Op::none());
+}
+
+// An address that was read from memory, as one of global memory: else the compiler takes it for one of any space, and
+// accesses are generic. In PTX, since it undoes a conversion that it sees through.
+template <class T> __device__ inline T* global(T* address) {
+    u64 there;
+    asm("cvta.to.global.u64 %0, %1;" : "=l"(there) : "l"(address));
+    return (T*)__cvta_global_to_generic(there);
+}

@@ -35,8 +35,8 @@ __device__ inline void pool_rows(const float* const* __restrict__ in, float* con
     __shared__ __align__(16) float tile[HALO + TILE + HALO];
     u32 row = blockIdx.y, length = lengths[row], first = blockIdx.x * TILE;
     if (first >= length) return;
-    const float* __restrict__ from = in[row];
-    float* __restrict__ to = out[row];
+    const float* __restrict__ from = global(in[row]);
+    float* __restrict__ to = global(out[row]);
 
     if (first + TILE <= length) {
         u32 own = threadIdx.x * 4;

@@ -1,9 +1,12 @@
 //! The CUDA backend on a GPU or the simulator: everything the contract says, and what only a device can get wrong.
 
+mod bits;
 mod cache;
 mod device;
 mod errors;
 mod mutants;
+mod reference;
+mod speed;
 mod window_attention;
 
 use device::Gpu;

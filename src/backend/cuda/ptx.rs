@@ -6,7 +6,23 @@ macro_rules! files {
         &[$(($name, include_str!(concat!("../../../kernels/ptx/", $name, ".ptx")))),*]
     };
 }
-pub(super) const FILES: &[(&str, &str)] = files!("append" "attend" "attend_mma" "compact" "gather" "mass_count" "pool" "rank" "rows" "top_k" "window_attention");
+pub(super) const FILES: &[(&str, &str)] = files! {
+    "append"
+    "attend"
+    "attend_mma"
+    "compact"
+    "gather"
+    "key_scores"
+    "lag"
+    "mass_count"
+    "pool"
+    "rank"
+    "rows"
+    "top_k"
+    "top_k_emit"
+    "value_norm"
+    "window_attention"
+};
 
 #[cfg(test)]
 pub(super) mod tests {

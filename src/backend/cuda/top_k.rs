@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::ragged::Ragged;
 
 /// Rows, cuts, positions.
-const PIN: Kernel<(Ptr<Ptr<f32>>, Ptr<Cut>, Ptr<u32>)> = Kernel::new("top_k", "top_k_pin");
+const PIN: Kernel<(Ptr<Ptr<f32>>, Ptr<Cut>, Ptr<u32>)> = Kernel::new("top_k_emit", "top_k_pin");
 /// Slots that a block pins.
 const PINS: u32 = 1024;
 

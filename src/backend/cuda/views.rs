@@ -6,6 +6,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::floats::{Slot, Table};
 use super::{DeviceLayer, DeviceSlice};
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::view::{Layout, Rows};
 
@@ -134,14 +135,97 @@ impl Heads {
         Ok(heads)
     }
 
-    /// Values of all segments of some views.
-    pub(super) fn values(layers: &[DeviceLayer<'_>]) -> Result<Self> {
-        let mut heads = Self::default();
-        layers.iter().try_for_each(|layer| heads.push("values", layer.v()).map(drop))?;
-        Ok(heads)
-    }
-
     pub(super) fn into_table(self, table: &mut Table) -> HeadSlots {
         HeadSlots { rows: table.push(&self.rows), pages: table.push(&self.pages) }
+    }
+}
+
+/// Consecutive segments whose rows have one type and length: what a launch takes.
+pub(super) struct Uniform {
+    /// As the names of kernels have it.
+    pub dtype: &'static str,
+    pub dim: usize,
+    /// Vectors of a row.
+    pub chunks: u32,
+    /// Of the views that were given.
+    pub layers: Range<usize>,
+    pub segments: Range<usize>,
+}
+
+/// Largest head dim of the kernels.
+const MOST_DIM: usize = 256;
+
+impl Uniform {
+    /// All segments of some views. Usually they are all alike.
+    ///
+    /// Errors: a head dim above what kernels take.
+    pub(super) fn of(layers: &[DeviceLayer<'_>]) -> Result<Vec<Self>> {
+        let format = |layer: &DeviceLayer<'_>| (layer.k().dtype(), layer.k().dim());
+        let (mut first, mut first_layer) = (0, 0);
+        let alike = layers.chunk_by(|a, b| format(a) == format(b)).map(|alike| {
+            let (dtype, dim) = format(&alike[0]);
+            if dim > MOST_DIM {
+                let (got, limit) = (dim as u64, MOST_DIM as u64);
+                return Err(Error::TooLarge { what: "head dim on CUDA", got, limit });
+            }
+            let end = first + alike.iter().map(|layer| layer.shape().kv_heads()).sum::<usize>();
+            let segments = std::mem::replace(&mut first, end)..end;
+            let end = first_layer + alike.len();
+            let layers = std::mem::replace(&mut first_layer, end)..end;
+            let chunks = (dim * dtype.size() / VECTOR as usize) as u32;
+            let dtype = match dtype {
+                Dtype::F32 => "f32",
+                Dtype::F16 => "f16",
+                Dtype::BF16 => "bf16",
+            };
+            Ok(Self { dtype, dim, chunks, layers, segments })
+        });
+        alike.collect()
+    }
+}
+
+/// Positions of the slots of all segments, on their way to the device.
+pub(super) struct Positions {
+    /// Where each segment's positions start among all; -1 where slot = position.
+    starts: Vec<i64>,
+    all: Vec<u32>,
+    /// One past the last position that a slot has.
+    end: u32,
+}
+
+/// Where [`Positions`] will be.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PositionSlots {
+    /// One per segment.
+    pub starts: Slot<i64>,
+    /// Positions of all.
+    pub all: Slot<u32>,
+}
+
+impl Positions {
+    pub(super) fn new(layers: &[DeviceLayer<'_>]) -> Self {
+        let (mut starts, mut all, mut end) = (Vec::new(), Vec::new(), 0);
+        for layer in layers {
+            for head in 0..layer.shape().kv_heads() {
+                let Some(positions) = layer.positions() else {
+                    starts.push(-1);
+                    end = end.max(layer.k().len(head) as u32);
+                    continue;
+                };
+                starts.push(all.len() as i64);
+                // They ascend.
+                end = end.max(positions[head].last().map_or(0, |last| last.0 + 1));
+                all.extend_from_slice(bytemuck::cast_slice::<_, u32>(&positions[head]));
+            }
+        }
+        Self { starts, all, end }
+    }
+
+    pub(super) fn end(&self) -> u32 {
+        self.end
+    }
+
+    pub(super) fn into_table(self, table: &mut Table) -> PositionSlots {
+        PositionSlots { starts: table.push(&self.starts), all: table.push(&self.all) }
     }
 }

@@ -7,13 +7,17 @@
 //! occurrences is part of it: an edit that no longer fits the PTX fails loudly.
 
 mod append;
+mod attend;
 mod compact;
 mod edit;
 mod gather;
+mod key_scores;
+mod lag;
 mod pool;
 mod rank;
 mod rows;
 mod top_k;
+mod value_norm;
 mod window_attention;
 
 use std::fmt::Write;
@@ -48,8 +52,20 @@ pub struct Mutant {
     pub expected: &'static [Caught],
 }
 
-const MUTANTS: &[&[Mutant]] =
-    &[pool::MUTANTS, rank::MUTANTS, rows::MUTANTS, top_k::MUTANTS, window_attention::MUTANTS];
+const MUTANTS: &[&[Mutant]] = &[
+    append::MUTANTS,
+    attend::MUTANTS,
+    compact::MUTANTS,
+    gather::MUTANTS,
+    key_scores::MUTANTS,
+    lag::MUTANTS,
+    pool::MUTANTS,
+    rank::MUTANTS,
+    rows::MUTANTS,
+    top_k::MUTANTS,
+    value_norm::MUTANTS,
+    window_attention::MUTANTS,
+];
 
 /// `file, drive { kernel: "bug", [which, of] "find" => "with", …; expected, …; }` as a list of [`Mutant`]s.
 macro_rules! mutants {

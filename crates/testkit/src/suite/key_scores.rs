@@ -4,9 +4,9 @@ use std::fmt::Debug;
 
 use kvbudget::backend::Backend;
 use kvbudget::backend::ops::Positional;
-use kvbudget::{Position, Ragged};
+use kvbudget::{Dtype, Position, Ragged};
 
-use super::{Expected, batch, fails, pass, poisoned, scored, stored};
+use super::{DTYPES, Expected, batch, fails, pass, poisoned, scored, stored};
 use crate::compare::{self, Scale};
 use crate::data::{Layer, Place, TestDevice, segment_lens, with_layers};
 use crate::generate::{Keys, LENGTHS, Spec};
@@ -56,6 +56,47 @@ pub fn storage<D: TestDevice>(device: &D) {
     for spec in stored(&Spec { dim: 80, ..Spec::default() }) {
         check_norm(device, &spec, &[spec.build()]);
         check_difference(device, &spec, &[spec.build()]);
+    }
+}
+
+/// Head dims that share vectors and lanes otherwise, in every dtype; several blocks of keys.
+pub fn wide<D: TestDevice>(device: &D) {
+    let base = Spec { tokens: 70, kv_heads: 1, ..Spec::default() };
+    let of = |dtype, dim, tokens| Spec { dtype, dim, tokens, ..base.clone() };
+    let wide = DTYPES.into_iter().flat_map(|t| [64, 96, 128, 136, 256].map(|dim| of(t, dim, 70)));
+    let narrow = [4, 12, 20].map(|dim| of(Dtype::F32, dim, 70));
+    let long = [of(Dtype::BF16, 64, 600), of(Dtype::F32, 128, 300)];
+    for spec in wide.chain(narrow).chain(long) {
+        check_norm(device, &spec, &[spec.build()]);
+        check_difference(device, &spec, &[spec.build()]);
+    }
+}
+
+/// Keys whose squares no f32 holds: norms go with them, and the directions of large ones stay. Small ones have none.
+pub fn magnitudes<D: TestDevice>(device: &D) {
+    for (dtype, factor) in [Dtype::F32, Dtype::BF16]
+        .into_iter()
+        .flat_map(|dtype| [2f64.powi(100), 2f64.powi(-100)].map(|factor| (dtype, factor)))
+    {
+        let plain = Spec { dtype, ..Spec::default() }.build();
+        let rows = (0..2).flat_map(|h| (0..37).map(move |row| (h, row)));
+        let k = rows.fold(plain.k.clone(), |k, (h, row)| k.with_row_scaled(h, row, &[factor; 16]));
+        let layers = [Layer { k, ..plain.clone() }];
+        let case = (dtype, factor);
+
+        let scaled = |layer: &Layer, h| norm::<f64>(layer, h).iter().map(|x| x * factor).collect();
+        let baseline = |layer: &Layer, h| {
+            norm::<f32>(layer, h).iter().map(|x| x * factor as f32).collect::<Vec<f32>>()
+        };
+        let norms = Expected::of_heads(std::slice::from_ref(&plain), scaled, baseline);
+        let got = scored(device, &layers, |backend, views, out| backend.key_norm(views, out));
+        norms.check(&(case, "norm"), got, Scale::Element);
+
+        if factor > 1.0 {
+            let plain = Expected::of_heads(&[plain], difference, difference);
+            let got = scored(device, &layers, |backend, views, out| backend.key_diff(views, out));
+            plain.check(&(case, "difference"), got, Scale::Row);
+        }
     }
 }
 

@@ -2,14 +2,15 @@
 
 use std::fmt::Debug;
 
+use kvbudget::Dtype;
 use kvbudget::backend::Backend;
 use kvbudget::backend::ops::Lag;
 
-use super::{Expected, batch, fails, scored, stored};
-use crate::compare::Scale;
-use crate::data::{Layer, TestDevice};
+use super::{DTYPES, Expected, batch, fails, pass, scored, stored};
+use crate::compare::{self, Scale};
+use crate::data::{Layer, Place, Tensor, TestDevice};
 use crate::generate::{Rng, Spec};
-use crate::naive::{self, Float};
+use crate::naive::{self, Float, Matrix};
 
 fn oracle<F: Float>(op: &Lag, layer: &Layer, h: usize) -> Vec<F> {
     naive::lag(op, &layer.k.head(h), &layer.v.head(h))
@@ -64,6 +65,51 @@ pub fn storage<D: TestDevice>(device: &D) {
     check(device, "batch", &op, &batch(&Spec::default()));
 }
 
+/// Head dims that share vectors and lanes otherwise, in every dtype; partitions of more slots than a block has threads.
+pub fn wide<D: TestDevice>(device: &D) {
+    let small = Lag { sinks: 4, lag: 8, cross_scoring: true };
+    let of = |dtype, dim| Spec { dtype, dim, kv_heads: 1, ..Spec::default() };
+    let wide = DTYPES.into_iter().flat_map(|t| [64, 96, 128, 136, 256].map(|dim| of(t, dim)));
+    let narrow = [4, 12, 20].map(|dim| of(Dtype::F32, dim));
+    for spec in wide.chain(narrow) {
+        check(device, &spec, &small, &[spec.build()]);
+    }
+    let large = Spec { tokens: 610, ..of(Dtype::F32, 16) };
+    for cross_scoring in [false, true] {
+        let op = Lag { sinks: 2, lag: 300, cross_scoring };
+        check(device, &large, &op, &[large.build()]);
+    }
+}
+
+/// Equal slots tie, and the earlier one has the lower rank.
+pub fn ties<D: TestDevice>(device: &D) {
+    let op = Lag { sinks: 0, lag: 8, cross_scoring: false };
+    let layer = Spec { tokens: 32, ..Spec::default() }.build();
+    let doubled = |t: &Tensor| {
+        let pairs = |m: &Matrix<f64>| (0..m.len()).map(|row| m[row / 2].clone()).collect();
+        Tensor::new(t.heads.iter().map(pairs).collect(), 16, Dtype::F32, Place::HeadsFirst)
+    };
+    let layer = Layer { k: doubled(&layer.k), v: doubled(&layer.v), ..layer };
+    check(device, "pairs", &op, &[layer]);
+}
+
+/// A NaN spoils its partition, and the one before that is scaled by it.
+pub fn non_finite<D: TestDevice>(device: &D) {
+    let clean = Spec::default().build();
+    for cross_scoring in [false, true] {
+        let op = Lag { sinks: 4, lag: 8, cross_scoring };
+        let k = clean.k.with_row_scaled(1, 14, &[f64::NAN]);
+        let scores = scored(device, &[Layer { k, ..clean.clone() }], |backend, views, out| {
+            backend.lag(&op, views, out)
+        });
+        let scores = scores.expect("a valid case");
+        let spoilt: Vec<bool> = scores.row(1).iter().map(|x| x.is_nan()).collect();
+        let want: Vec<bool> = (0..37).map(|t| (4..20).contains(&t)).collect();
+        pass(&op, compare::equal(&spoilt, &want));
+        assert!(scores.row(0).iter().all(|x| x.is_finite()), "heads are apart");
+    }
+}
+
 /// Without a partition and a next one to compare with, later is better.
 pub fn short_heads<D: TestDevice>(device: &D) {
     for cross_scoring in [false, true] {
@@ -80,15 +126,15 @@ pub fn flat_channels<D: TestDevice>(device: &D) {
     let clean = Spec::default().build();
     let mut factors = vec![1.0; 16];
     Rng::new(3).choose(5, 16).into_iter().for_each(|d| factors[d as usize] = 0.0);
-    let flat = |t: &crate::data::Tensor| {
+    let flat = |t: &Tensor| {
         let rows = (0..2).flat_map(|h| (0..37).map(move |row| (h, row)));
         rows.fold(t.clone(), |t, (h, row)| t.with_row_scaled(h, row, &factors))
     };
     let k = flat(&clean.k);
     check(device, "flat channels", &op, &[Layer { k: k.clone(), ..clean.clone() }]);
     let zero = clean.v.heads.iter().map(|m| vec![vec![0.0; 16]; m.len()]).collect();
-    let place = crate::data::Place::HeadsFirst;
-    let v = crate::data::Tensor::new(zero, 16, kvbudget::Dtype::F32, place);
+    let place = Place::HeadsFirst;
+    let v = Tensor::new(zero, 16, Dtype::F32, place);
     check(device, "no values", &op, &[Layer { k, v, ..clean }]);
 }
 

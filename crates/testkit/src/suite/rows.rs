@@ -95,14 +95,16 @@ pub fn norm_scales<D: TestDevice>(device: &D) {
 
 /// The mean of what takes part, raised into what takes part; equal entries are their own mean.
 pub fn mean_floors<D: TestDevice>(device: &D) {
-    let lens: Vec<u32> = LENGTHS.iter().map(|n| n - n / 3).collect();
+    let lengths: Vec<u32> = LENGTHS.into_iter().chain([4096, 4097, 9000]).collect();
+    let lens: Vec<u32> = lengths.iter().map(|n| n - n / 3).collect();
+    let rows_of = |kind: Scores| lengths.iter().map(|&n| kind.row(n, u64::from(n))).collect();
     fn floored<F: Float>(lens: &[u32], rows: &[Vec<f32>]) -> Matrix<F> {
         let mut rows = cast(rows);
         let each = rows.iter_mut().zip(lens);
         each.for_each(|(row, &len)| naive::floor_at_mean(len as usize, row));
         rows
     }
-    for rows in [positive(&LENGTHS), rows_of(Scores::Equal), rows_of(Scores::Nan)] {
+    for rows in [positive(&lengths), rows_of(Scores::Equal), rows_of(Scores::Nan)] {
         let got = changed(device, &rows, |backend, rows| backend.floor_at_mean(&lens, rows));
         let (want, baseline) = (floored(&lens, &rows), floored(&lens, &rows));
         Expected { want, baseline }.check(&"mean floor", got, Scale::Element);
