@@ -4,6 +4,7 @@ mod decode;
 pub mod drives;
 mod errors;
 mod histories;
+mod sectors;
 mod selected;
 
 use kvbudget::backend::cpu::{Cpu, HostLayer, HostSlice};
