@@ -13,8 +13,8 @@
 mod buffer;
 mod flat;
 mod paged;
-mod pool;
-mod slots;
+pub(crate) mod pool;
+pub(crate) mod slots;
 mod source;
 
 pub use flat::FlatCache;

@@ -107,15 +107,15 @@ impl PagePool {
 
 /// A set of pages, one bit each.
 #[derive(Debug)]
-struct Free {
+pub(crate) struct Free {
     bits: Vec<u64>,
     /// No bit is set in the words before this one.
     first: usize,
-    count: u32,
+    pub(crate) count: u32,
 }
 
 impl Free {
-    fn all(pages: u32) -> Self {
+    pub(crate) fn all(pages: u32) -> Self {
         let mut bits = vec![u64::MAX; pages.div_ceil(u64::BITS) as usize];
         if let (Some(last), rest @ 1..) = (bits.last_mut(), pages % u64::BITS) {
             *last = (1 << rest) - 1;
@@ -123,12 +123,12 @@ impl Free {
         Self { bits, first: 0, count: pages }
     }
 
-    fn holds(&self, page: u32) -> bool {
+    pub(crate) fn holds(&self, page: u32) -> bool {
         let word = self.bits.get((page / u64::BITS) as usize);
         word.is_some_and(|word| word >> (page % u64::BITS) & 1 == 1)
     }
 
-    fn take(&mut self) -> Option<u32> {
+    pub(crate) fn take(&mut self) -> Option<u32> {
         self.first += self.bits[self.first..].iter().position(|&word| word != 0)?;
         let word = &mut self.bits[self.first];
         let page = self.first as u32 * u64::BITS + word.trailing_zeros();
@@ -137,7 +137,7 @@ impl Free {
         Some(page)
     }
 
-    fn give(&mut self, page: u32) {
+    pub(crate) fn give(&mut self, page: u32) {
         debug_assert!(!self.holds(page), "page {page} given back twice");
         let word = (page / u64::BITS) as usize;
         self.bits[word] |= 1 << (page % u64::BITS);

@@ -134,7 +134,7 @@ impl Slots {
 
 /// Where a head's positions are to be found.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Held<'a> {
+pub(crate) enum Held<'a> {
     /// Slot `s` has position `s`, up to a length.
     Dense(usize),
     /// Slot `s` has the position listed at `s`; ascending.
@@ -161,7 +161,7 @@ impl<'a> Held<'a> {
     }
 
     /// Whether `kept` ascends and all of it is held.
-    pub(super) fn check(self, head: usize, kept: &[Position], tokens: u32) -> Result<()> {
+    pub(crate) fn check(self, head: usize, kept: &[Position], tokens: u32) -> Result<()> {
         let (layer, head) = (LayerId(0), KvHead(head as u32));
         let mut next = 0;
         for (i, &got) in kept.iter().enumerate() {
@@ -177,7 +177,7 @@ impl<'a> Held<'a> {
     }
 
     /// The moves that bring entries `first..end` of `kept`, which was checked, to slots of the same numbers.
-    pub(super) fn moves(self, kept: &'a [Position], first: usize, end: usize) -> Moves<'a> {
+    pub(crate) fn moves(self, kept: &'a [Position], first: usize, end: usize) -> Moves<'a> {
         let from = match self {
             Held::At(held) if first > 0 => held.partition_point(|p| *p < kept[first]),
             _ => 0,
@@ -188,14 +188,14 @@ impl<'a> Held<'a> {
 
 /// `rows` rows that go from consecutive slots to consecutive slots; `to <= from`.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Move {
-    pub(super) from: usize,
-    pub(super) to: usize,
-    pub(super) rows: usize,
+pub(crate) struct Move {
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+    pub(crate) rows: usize,
 }
 
 /// Longest possible [`Move`]s, ascending.
-pub(super) struct Moves<'a> {
+pub(crate) struct Moves<'a> {
     held: Held<'a>,
     kept: &'a [Position],
     from: usize,
@@ -239,7 +239,7 @@ pub(super) fn slide(
 }
 
 /// The shape check of this module.
-pub(super) fn expect(what: &'static str, expected: usize, got: usize) -> Result<()> {
+pub(crate) fn expect(what: &'static str, expected: usize, got: usize) -> Result<()> {
     if expected == got {
         return Ok(());
     }

@@ -1,9 +1,13 @@
 //! The CUDA backend on a GPU or the simulator: everything the contract says, and what only a device can get wrong.
 
 mod bits;
+mod cache;
 mod device;
 mod errors;
 mod mutants;
+mod reference;
+mod speed;
+mod window_attention;
 
 use device::Gpu;
 use kvbudget_testkit::{conformance, suite};

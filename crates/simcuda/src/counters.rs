@@ -147,6 +147,8 @@ words! {
         blocks: u64,
         /// Threads launched.
         threads: u64,
+        /// Bytes of shared memory of those blocks, all together, static and dynamic.
+        shared_bytes: u64,
         /// Instructions issued by warps.
         warp_instructions: Instructions,
         /// The same, each times the lanes that execute it: active, and their guard true.

@@ -28,6 +28,7 @@ struct Control {
     policy: extern "C" fn(u64, *const [u64; POLICY_WORDS]) -> u64,
     reports: extern "C" fn(u64, Sink, *mut Vec<u8>) -> u64,
     counters: extern "C" fn(u64, *const u8, u64, Sink, *mut Vec<u8>) -> u64,
+    waits: extern "C" fn(u64, Sink, *mut Vec<u8>) -> u64,
     printed: extern "C" fn(u64, Sink, *mut Vec<u8>) -> u64,
     clear: extern "C" fn(u64) -> u64,
     reset: extern "C" fn(u64) -> u64,
@@ -107,6 +108,13 @@ pub fn counters(device: usize, kernel: &str) -> (u64, Counters) {
     }
 }
 
+/// How often the host waited for a device since the last [`clear_counters`]: for a stream, an event, everything, or a
+/// copy into its own memory. 0 on a real driver.
+pub fn waits(device: usize) -> u64 {
+    let bytes = ask(device, |control, to| (control.waits)(device as u64, collect, to));
+    wire::words(&bytes).first().copied().unwrap_or_default()
+}
+
 /// Starts the counters of a device anew.
 pub fn clear_counters(device: usize) {
     if let Some(control) = control() {
@@ -175,6 +183,7 @@ fn load() -> Control {
             policy: symbol(library, c"simcuda_ctl_policy"),
             reports: symbol(library, c"simcuda_ctl_reports"),
             counters: symbol(library, c"simcuda_ctl_counters"),
+            waits: symbol(library, c"simcuda_ctl_waits"),
             printed: symbol(library, c"simcuda_ctl_printed"),
             clear: symbol(library, c"simcuda_ctl_clear"),
             reset: symbol(library, c"simcuda_ctl_reset"),

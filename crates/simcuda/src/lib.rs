@@ -60,7 +60,7 @@ mod roofline;
 pub use counters::Counters;
 pub use host::{
     Installed, assert_clean, clear_counters, counters, device, install, printed, reports,
-    set_policy,
+    set_policy, waits,
 };
 pub use policy::{Checks, CpAsync, MmaModel, Policy, Schedule, Streams};
 pub use report::{Class, Report};

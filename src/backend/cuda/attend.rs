@@ -271,9 +271,9 @@ fn prepare(
     lse: Option<&Floats>,
 ) -> Result<(Shape, Inputs, (super::floats::Sent, Memory))> {
     let mut heads = Heads::default();
-    members.iter().try_for_each(|(of, _)| heads.push("queries", &of.q))?;
-    members.iter().try_for_each(|(of, _)| heads.push("keys", &of.k))?;
-    members.iter().try_for_each(|(of, _)| heads.push("values", &of.v))?;
+    members.iter().try_for_each(|(of, _)| heads.push("queries", &of.q).map(drop))?;
+    members.iter().try_for_each(|(of, _)| heads.push("keys", &of.k).map(drop))?;
+    members.iter().try_for_each(|(of, _)| heads.push("values", &of.v).map(drop))?;
     let rows = || members.iter().flat_map(|(of, first)| *first..first + of.q.heads());
     let lens = members.iter().flat_map(|(of, _)| (0..of.k.heads()).map(|h| of.k.len(h) as u32));
     let bytes = shape.dim as usize * size_of::<f32>();

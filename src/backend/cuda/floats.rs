@@ -161,6 +161,16 @@ impl Sent {
         self.0.at(slot.offset)
     }
 
+    /// Overwrites entries of an array from `first` on.
+    pub(super) fn write<T: NoUninit>(
+        &self,
+        slot: Slot<T>,
+        first: usize,
+        items: &[T],
+    ) -> Result<()> {
+        self.0.write(slot.offset + first * size_of::<T>(), items)
+    }
+
     /// Waits for the stream, then reads an array back.
     pub(super) fn read<T: AnyBitPattern + NoUninit>(
         &self,

@@ -36,8 +36,8 @@ pub(super) fn run(
     let mut scratch = 0;
     for Uniform { segments, layers: alike, .. } in &parts {
         let layers = &layers[alike.clone()];
-        layers.iter().try_for_each(|layer| heads.push("keys", layer.k()))?;
-        layers.iter().try_for_each(|layer| heads.push("values", layer.v()))?;
+        layers.iter().try_for_each(|layer| heads.push("keys", layer.k()).map(drop))?;
+        layers.iter().try_for_each(|layer| heads.push("values", layer.v()).map(drop))?;
         for len in &out.lens()[segments.clone()] {
             starts.push(scratch);
             scratch += 2 * u64::from(scored(len)) * u64::from(op.lag);

@@ -8,12 +8,16 @@
 //! Keys, values and queries travel 16 bytes at a time: rows must start at multiples of 16 bytes and be multiples
 //! of 16 bytes long. Head dims up to 256; f16 and bf16 use tensor cores, f32 does not.
 
+mod append;
 mod attend;
+pub mod cache;
 mod driver;
 mod floats;
+mod gather;
 mod key_scores;
 mod lag;
 mod launch;
+mod lists;
 mod mass_count;
 mod pool;
 mod ptx;
@@ -62,6 +66,12 @@ impl DeviceSlice<'_> {
         Self { address, elements, dtype, lender: PhantomData }
     }
 
+    /// All elements of an allocation of ours.
+    fn of(memory: &Memory, dtype: Dtype) -> DeviceSlice<'_> {
+        let (address, elements) = (memory.at::<u8>(0).address, memory.bytes() / dtype.size());
+        DeviceSlice { address, elements, dtype, lender: PhantomData }
+    }
+
     /// Address of the first element.
     pub fn address(&self) -> u64 {
         self.address
@@ -83,15 +93,13 @@ pub type DeviceLayer<'a> = LayerView<'a, DeviceSlice<'a>>;
 /// Elements in device memory of their own.
 pub struct Tensor {
     memory: Memory,
-    elements: usize,
     dtype: Dtype,
 }
 
 impl Tensor {
     /// Borrows all elements.
     pub fn lend(&self) -> DeviceSlice<'_> {
-        let address = self.memory.at::<u8>(0).address;
-        DeviceSlice { address, elements: self.elements, dtype: self.dtype, lender: PhantomData }
+        DeviceSlice::of(&self.memory, self.dtype)
     }
 }
 
@@ -140,7 +148,7 @@ impl Cuda {
     pub fn tensor<T: Element>(&self, elements: &[T]) -> Result<Tensor> {
         let memory = Memory::new(&self.driver, "a tensor", size_of_val(elements))?;
         memory.write(0, elements)?;
-        Ok(Tensor { memory, elements: elements.len(), dtype: T::DTYPE })
+        Ok(Tensor { memory, dtype: T::DTYPE })
     }
 
     /// Waits until the device has done everything asked so far.
@@ -273,6 +281,8 @@ impl Backend for Cuda {
 #[cfg(test)]
 fn signatures() -> Vec<ptx::tests::Signature> {
     [
+        append::signatures(),
+        gather::signatures(),
         pool::signatures(),
         rows::signatures(),
         selection::signatures(),

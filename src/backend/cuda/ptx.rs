@@ -7,8 +7,11 @@ macro_rules! files {
     };
 }
 pub(super) const FILES: &[(&str, &str)] = files! {
+    "append"
     "attend"
     "attend_mma"
+    "compact"
+    "gather"
     "key_scores"
     "lag"
     "mass_count"
@@ -16,6 +19,9 @@ pub(super) const FILES: &[(&str, &str)] = files! {
     "rank"
     "rows"
     "top_k"
+    "top_k_emit"
+    "value_norm"
+    "window_attention"
 };
 
 #[cfg(test)]

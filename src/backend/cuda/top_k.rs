@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::ragged::Ragged;
 
 /// Rows, cuts, positions.
-const PIN: Kernel<(Ptr<Ptr<f32>>, Ptr<Cut>, Ptr<u32>)> = Kernel::new("top_k", "top_k_pin");
+const PIN: Kernel<(Ptr<Ptr<f32>>, Ptr<Cut>, Ptr<u32>)> = Kernel::new("top_k_emit", "top_k_pin");
 /// Slots that a block pins.
 const PINS: u32 = 1024;
 
@@ -21,14 +21,16 @@ const PINS: u32 = 1024;
 pub struct Selection {
     /// A [`Cut`] per segment, then the positions.
     memory: Memory,
-    segments: usize,
+    /// Slots of each segment, and how many it keeps at most.
+    segments: Vec<(u32, u32)>,
     /// Positions that there is room for.
     positions: usize,
 }
 
 impl Selection {
-    fn new(cuda: &Cuda, segments: usize, positions: usize) -> Result<Self> {
-        let bytes = segments * size_of::<Cut>() + positions * size_of::<u32>();
+    /// For segments of so many slots, which keep so many at most.
+    pub(super) fn new(cuda: &Cuda, segments: Vec<(u32, u32)>, positions: usize) -> Result<Self> {
+        let bytes = segments.len() * size_of::<Cut>() + positions * size_of::<u32>();
         let memory = Memory::new(&cuda.driver, "a selection", bytes)?;
         Ok(Self { memory, segments, positions })
     }
@@ -39,16 +41,26 @@ impl Selection {
     }
     /// Positions of all segments.
     pub(super) fn positions(&self) -> Ptr<u32> {
-        self.memory.at(self.segments * size_of::<Cut>())
+        self.memory.at(self.segments.len() * size_of::<Cut>())
+    }
+
+    /// Slots of each segment, and how many it keeps at most: what the host knows without asking.
+    pub(super) fn segments(&self) -> &[(u32, u32)] {
+        &self.segments
+    }
+
+    /// Slots that each segment keeps at most: what caches must have room for, as far as the host knows.
+    pub fn bounds(&self) -> impl ExactSizeIterator<Item = u32> + '_ {
+        self.segments.iter().map(|&(_, most)| most)
     }
 
     pub(super) fn counts(&self) -> Result<Vec<u32>> {
-        let cuts: Vec<Cut> = self.memory.read(0, self.segments)?;
+        let cuts: Vec<Cut> = self.memory.read(0, self.segments.len())?;
         Ok(cuts.iter().map(|cut| cut.count).collect())
     }
     pub(super) fn to_host(&self) -> Result<Ragged<u32>> {
-        let cuts: Vec<Cut> = self.memory.read(0, self.segments)?;
-        let start = self.segments * size_of::<Cut>();
+        let cuts: Vec<Cut> = self.memory.read(0, self.segments.len())?;
+        let start = self.segments.len() * size_of::<Cut>();
         let positions: Vec<u32> = self.memory.read(start, self.positions)?;
         let of = |cut: &Cut| positions[cut.start as usize..][..cut.count as usize].to_vec();
         Ok(cuts.iter().map(of).collect())
@@ -78,6 +90,7 @@ pub(super) fn run(
     check::top_k(op, &lens)?;
     let spans = |row: &[Range<u32>]| row.iter().cloned().map(Span::from).collect::<Vec<_>>();
     let protected = op.protected.iter().map(spans).collect();
+    let segments = bounds(op.contests, &lens);
     let problem = Problem::new(cuda, op.contests, &protected, &lens)?;
     let shape = problem.shape;
     let mut table = Table::default();
@@ -87,9 +100,22 @@ pub(super) fn run(
     let inputs = slots.inputs(&sent, Ptr::at(sent.at(rows).address), sent.at(lens));
     let bytes = selection::workspace_bytes(&shape);
     let workspace = Memory::new(&cuda.driver, "workspace of a selection", bytes)?;
-    let chosen = Selection::new(cuda, shape.segments, shape.positions)?;
+    let chosen = Selection::new(cuda, segments, shape.positions)?;
     selection::launch(cuda, &shape, inputs, chosen.cuts(), chosen.positions(), workspace.at(0))?;
     Ok(chosen)
+}
+
+/// Slots of each segment, and how many it keeps at most: the budget less what the others keep at least.
+pub(super) fn bounds(contests: &[Contest], lens: &[u32]) -> Vec<(u32, u32)> {
+    let mut bounds = Vec::with_capacity(lens.len());
+    for contest in contests {
+        let contested = contest.budget - contest.floors.iter().sum::<u64>();
+        for (s, floor) in contest.segments.clone().zip(&contest.floors) {
+            let most = (contested + floor).min(lens[s].into());
+            bounds.push((lens[s], most as u32));
+        }
+    }
+    bounds
 }
 
 pub(super) fn pin_top(cuda: &Cuda, counts: &[u32], by: &Floats, rows: &mut Floats) -> Result<()> {

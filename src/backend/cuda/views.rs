@@ -30,9 +30,28 @@ pub(super) struct HeadRows {
 }
 
 impl HeadRows {
-    /// Rows `stride` bytes apart from `base` on.
+    /// Rows at a fixed stride in bytes.
     pub(super) fn strided(base: u64, stride: usize) -> Self {
         Self { base, stride: stride as i64, table: -1, page: 0, magic: 0, shift: 0, unused: 0 }
+    }
+
+    /// Rows of `row` bytes in pages of `page` rows, from entry `table` of the page tables on.
+    pub(super) fn paged(base: u64, row: u64, page: u32, table: usize) -> Self {
+        let shift = u32::BITS - (page - 1).leading_zeros();
+        let magic = (1u64 << (31 + shift)).div_ceil(page.into()) as u32;
+        Self { base, stride: row as i64, table: table as i64, page, magic, shift, unused: 0 }
+    }
+}
+
+/// Checks an address or a number of bytes.
+pub(super) fn aligned(what: &'static str, got: u64) -> Result<u64> {
+    aligned_to(what, got, VECTOR)
+}
+
+fn aligned_to(what: &'static str, got: u64, expected: u64) -> Result<u64> {
+    match got % expected {
+        0 => Ok(got),
+        _ => Err(Error::Misaligned { what, got, expected }),
     }
 }
 
@@ -53,57 +72,66 @@ pub(super) struct HeadSlots {
 }
 
 impl Heads {
-    /// Adds all heads of a tensor.
+    /// Adds all heads of a tensor; where they are among all.
     ///
     /// Errors: rows that do not start at multiples of 16 bytes or are no multiple of 16 bytes long.
     pub(super) fn push(
         &mut self,
         what: &'static str,
         tensor: &Rows<'_, DeviceSlice<'_>>,
-    ) -> Result<()> {
+    ) -> Result<Range<usize>> {
+        self.add(what, tensor, VECTOR)
+    }
+
+    /// As [`Self::push`], for rows that are read element by element.
+    pub(super) fn push_scalars(
+        &mut self,
+        what: &'static str,
+        tensor: &Rows<'_, DeviceSlice<'_>>,
+    ) -> Result<Range<usize>> {
+        self.add(what, tensor, tensor.dtype().size() as u64)
+    }
+
+    /// One of the heads added so far.
+    pub(super) fn row(&self, head: usize) -> HeadRows {
+        self.rows[head]
+    }
+
+    fn add(
+        &mut self,
+        what: &'static str,
+        tensor: &Rows<'_, DeviceSlice<'_>>,
+        vector: u64,
+    ) -> Result<Range<usize>> {
+        let first = self.rows.len();
         let size = tensor.dtype().size() as u64;
         let base = tensor.storage().address();
         let row = tensor.dim() as u64 * size;
-        let aligned = |got: u64| match got % VECTOR {
-            0 => Ok(got),
-            _ => Err(Error::Misaligned { what, got, expected: VECTOR }),
-        };
+        let aligned = |got| aligned_to(what, got, vector);
         aligned(row)?;
         for head in 0..tensor.heads() {
-            let start = |row: usize| aligned(base + tensor.start(head, row) as u64 * size);
-            let strided = HeadRows::strided(base, row as usize);
+            let start = || aligned(base + tensor.start(head, 0) as u64 * size);
             let of_head = match tensor.layout() {
-                _ if tensor.len(head) == 0 => strided,
+                _ if tensor.len(head) == 0 => HeadRows::strided(base, 0),
                 Layout::Strided { row_stride, .. } => {
-                    let stride = aligned(row_stride as u64 * size)? as i64;
-                    HeadRows { base: start(0)?, stride, ..strided }
+                    HeadRows::strided(start()?, aligned(row_stride as u64 * size)? as usize)
                 }
-                Layout::Ragged { .. } => HeadRows { base: start(0)?, ..strided },
+                Layout::Ragged { .. } => HeadRows::strided(start()?, row as usize),
                 Layout::Paged { page, tables, .. } => {
-                    aligned(base)?;
-                    let table = self.pages.len() as i64;
+                    let table = self.pages.len();
                     self.pages.extend_from_slice(&tables[head]);
-                    let shift = u32::BITS - (page - 1).leading_zeros();
-                    let magic = (1u64 << (31 + shift)).div_ceil(page.into()) as u32;
-                    HeadRows { table, page, magic, shift, ..strided }
+                    HeadRows::paged(aligned(base)?, row, page, table)
                 }
             };
             self.rows.push(of_head);
         }
-        Ok(())
+        Ok(first..self.rows.len())
     }
 
     /// Keys of all segments of some views.
     pub(super) fn keys(layers: &[DeviceLayer<'_>]) -> Result<Self> {
         let mut heads = Self::default();
-        layers.iter().try_for_each(|layer| heads.push("keys", layer.k()))?;
-        Ok(heads)
-    }
-
-    /// Values of all segments of some views.
-    pub(super) fn values(layers: &[DeviceLayer<'_>]) -> Result<Self> {
-        let mut heads = Self::default();
-        layers.iter().try_for_each(|layer| heads.push("values", layer.v()))?;
+        layers.iter().try_for_each(|layer| heads.push("keys", layer.k()).map(drop))?;
         Ok(heads)
     }
 

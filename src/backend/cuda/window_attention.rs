@@ -1,24 +1,236 @@
 //! Scores from the last queries: launches `kernels/window_attention.cu`.
 
+mod plan;
+
+use std::sync::Arc;
+
+use bytemuck::Zeroable;
+
+use super::driver::{Driver, Memory, Ptr};
+use super::floats::Table;
+use super::launch::{Grid, Kernel};
+use super::views::{HeadRows, Heads};
 use super::{Cuda, DeviceLayer, Floats, check};
 use crate::backend::ops::WindowAttention;
 use crate::error::{Error, Result};
+pub(super) use plan::{Head, Plan, Query, Segment};
+use plan::{Part, flags};
 
-const UNDONE: Error =
-    Error::Unsupported { what: "this operation on CUDA", why: "it is not written yet" };
+const METHOD: &str = "window attention";
+
+/// Segments, queries, keys, pages, lengths, ends, statistics, out, means, partial results, chunk, radius, gap, flags.
+type Pass = Kernel<(
+    Ptr<Segment>,
+    Ptr<Query>,
+    Ptr<HeadRows>,
+    Ptr<u32>,
+    Ptr<u32>,
+    Ptr<u32>,
+    Ptr<[f32; 4]>,
+    Ptr<Ptr<f32>>,
+    Ptr<Ptr<f32>>,
+    Ptr<f32>,
+    u32,
+    u32,
+    u32,
+    u32,
+)>;
+const LSE: Pass = Kernel::new("window_attention", "window_attention_lse");
+const SUM: Pass = Kernel::new("window_attention", "window_attention_sum");
+const MAX: Pass = Kernel::new("window_attention", "window_attention_max");
+/// Segments, queries, lengths, ends, statistics, chunk, radius, flags.
+const ROWS: Kernel<(Ptr<Segment>, Ptr<Query>, Ptr<u32>, Ptr<u32>, Ptr<[f32; 4]>, u32, u32, u32)> =
+    Kernel::new("window_attention", "window_attention_rows");
+/// Segments, lengths, ends, partial results, out, means, radius, gap, flags.
+const MERGE: Kernel<(
+    Ptr<Segment>,
+    Ptr<u32>,
+    Ptr<u32>,
+    Ptr<f32>,
+    Ptr<Ptr<f32>>,
+    Ptr<Ptr<f32>>,
+    u32,
+    u32,
+    u32,
+)> = Kernel::new("window_attention", "window_attention_merge");
+
+/// What [`launch`] reads and writes, all of it on the device.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Operands {
+    /// Those of the plan.
+    pub segments: Ptr<Segment>,
+    pub queries: Ptr<Query>,
+    pub keys: Ptr<HeadRows>,
+    /// Page tables of keys and queries.
+    pub pages: Ptr<u32>,
+    /// Slots of each head, by [`Head::row`].
+    pub lengths: Ptr<u32>,
+    /// Null if no head has [`Head::ends`].
+    pub ends: Ptr<u32>,
+    pub out: Ptr<Ptr<f32>>,
+    /// Null if the plan is without means.
+    pub means: Ptr<Ptr<f32>>,
+}
+
+/// Scores every head of a plan. Allocates nothing, copies nothing, waits for nothing: lengths may have changed on the device
+/// since the plan was made, up to [`Head::longest`].
+pub(super) fn launch(
+    driver: &Arc<Driver>,
+    plan: &Plan,
+    operands: &Operands,
+    workspace: Ptr<u8>,
+) -> Result<()> {
+    let Operands { queries, keys, pages, lengths, ends, out, means, .. } = *operands;
+    let stats = Ptr::<[f32; 4]>::at(workspace.address);
+    let planes = Ptr::<f32>::at(workspace.address + plan.stats * size_of::<[f32; 4]>() as u64);
+    let Plan { radius, gap, flags, .. } = *plan;
+    for part in &plan.parts {
+        let Part { longest, count, .. } = *part;
+        let segments = operands.segments.add(part.first);
+        let pass = |kernel: &Pass, shape: plan::Shape, flags: u32| {
+            let mut grid = Grid::new(longest.div_ceil(shape.chunk) as usize, count, shape.threads);
+            grid.blocks.2 = shape.blocks;
+            let arguments = (
+                segments,
+                queries,
+                keys,
+                pages,
+                lengths,
+                ends,
+                stats,
+                out,
+                means,
+                planes,
+                shape.chunk,
+                radius,
+                gap,
+                flags | part.template.flags,
+            );
+            kernel.launch(driver, part.template.variant, grid, arguments)
+        };
+        if let Some(sums) = part.sums {
+            pass(&LSE, sums, flags)?;
+            let grid = Grid::new(part.rows.div_ceil(128) as usize, count, 128);
+            let arguments = (segments, queries, lengths, ends, stats, sums.chunk, radius, flags);
+            ROWS.launch(driver, "", grid, arguments)?;
+        }
+        if flags & flags::WINDOW_MAX != 0 {
+            pass(&MAX, part.scores, flags)?;
+        } else {
+            pass(&SUM, part.scores, flags)?;
+            if flags & flags::POOLED != 0 && flags & flags::MEANS != 0 {
+                // The same sums with other factors.
+                pass(&SUM, part.scores, (flags & !flags::POOLED) | flags::ONLY_MEANS)?;
+            }
+        }
+        if part.merge {
+            let grid = Grid::new(longest.div_ceil(256) as usize, count, 256);
+            let arguments = (segments, lengths, ends, planes, out, means, radius, gap, flags);
+            MERGE.launch(driver, "", grid, arguments)?;
+        }
+    }
+    Ok(())
+}
 
 pub(super) fn run(
-    _: &Cuda,
+    cuda: &Cuda,
     op: &WindowAttention,
     layers: &[DeviceLayer<'_>],
     out: &mut Floats,
     mean: Option<&mut Floats>,
 ) -> Result<()> {
     check::window_attention(op, layers, out, mean.as_deref())?;
-    Err(UNDONE)
+    let mut rows = Heads::keys(layers)?;
+    let (mut heads, mut queries, mut ends) = (Vec::new(), Vec::new(), Vec::new());
+    for layer in layers {
+        // A sequence shorter than the window is all window.
+        let window = op.window.min(layer.tokens());
+        let first = queries.len();
+        push_queries(layer, window, &mut rows, &mut queries)?;
+        for h in 0..layer.shape().kv_heads() {
+            let group = layer.shape().group();
+            let at = layer.positions().map(|_| ends.len() as u32);
+            if at.is_some() {
+                push_ends(layer, h, window, op.gap, &mut ends);
+            }
+            heads.push(Head {
+                row: heads.len() as u32,
+                query: (first + h * group) as u32,
+                group: group as u32,
+                window,
+                tokens: layer.tokens(),
+                ends: at,
+                longest: layer.k().len(h) as u32,
+                dim: layer.shape().head_dim() as u32,
+                dtype: layer.k().dtype(),
+                lse: layer.lse().is_some(),
+            });
+        }
+    }
+
+    let plan = Plan::new(op, mean.is_some(), &heads, cuda.driver.processors)?;
+    let mut table = Table::default();
+    let segments = table.push(plan.segments());
+    let queries = table.push(&queries);
+    let ends = table.push(&ends);
+    let rows = rows.into_table(&mut table);
+    let sent = table.send(cuda)?;
+    let workspace = Memory::new(&cuda.driver, "window attention", plan.workspace_bytes())?;
+    let operands = Operands {
+        segments: sent.at(segments),
+        queries: sent.at(queries),
+        keys: sent.at(rows.rows),
+        pages: sent.at(rows.pages),
+        lengths: out.lengths(),
+        ends: sent.at(ends),
+        out: out.rows(),
+        means: mean.map_or(Ptr::NULL, |mean| mean.rows()),
+    };
+    launch(&cuda.driver, &plan, &operands, workspace.at(0))
+}
+
+/// The last rows of a layer's query heads.
+fn push_queries(
+    layer: &DeviceLayer<'_>,
+    window: u32,
+    rows: &mut Heads,
+    queries: &mut Vec<Query>,
+) -> Result<()> {
+    let q = layer.q(METHOD)?;
+    if q.dtype() != layer.k().dtype() {
+        let expected = layer.k().dtype();
+        return Err(Error::Dtype { what: "queries", expected, got: q.dtype() });
+    }
+    let of_queries = rows.push("queries", q)?;
+    let of_lse = layer.lse().map(|lse| rows.push_scalars("log-sum-exp", lse)).transpose()?;
+    for hq in 0..q.heads() {
+        let lent = layer.lse().map_or(q.len(hq), |lse| lse.len(hq));
+        let least = q.len(hq).min(lent) as u64;
+        if least < u64::from(window) {
+            let needed = window.into();
+            return Err(Error::TooFewQueries { method: METHOD, needed, got: least });
+        }
+        queries.push(Query {
+            rows: rows.row(of_queries.start + hq),
+            lse: of_lse.as_ref().map_or(HeadRows::zeroed(), |lse| rows.row(lse.start + hq)),
+            first: q.len(hq) as u32 - window,
+            lse_first: lent as u32 - window,
+            unused: [0; 2],
+        });
+    }
+    Ok(())
+}
+
+/// The past, what each query row sees and what each gives scores to, where slots are not positions.
+fn push_ends(layer: &DeviceLayer<'_>, head: usize, window: u32, gap: u32, ends: &mut Vec<u32>) {
+    let first = layer.tokens() - window;
+    let before = |position: u32| layer.slots_before(head, position) as u32;
+    ends.push(before(first));
+    ends.extend((0..window).map(|w| before(first + w + 1)));
+    ends.extend((0..window).map(|w| before((first + w + 1).saturating_sub(gap))));
 }
 
 #[cfg(test)]
 pub(super) fn signatures() -> Vec<super::ptx::tests::Signature> {
-    vec![]
+    vec![(&LSE).into(), (&SUM).into(), (&MAX).into(), (&ROWS).into(), (&MERGE).into()]
 }

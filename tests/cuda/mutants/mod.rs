@@ -6,13 +6,19 @@
 //! any white space, and `$1` to `$9` match one operand, so that an edit names no register. The number of its
 //! occurrences is part of it: an edit that no longer fits the PTX fails loudly.
 
+mod append;
+mod attend;
+mod compact;
 mod edit;
+mod gather;
 mod key_scores;
 mod lag;
 mod pool;
 mod rank;
 mod rows;
 mod top_k;
+mod value_norm;
+mod window_attention;
 
 use std::fmt::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -47,12 +53,18 @@ pub struct Mutant {
 }
 
 const MUTANTS: &[&[Mutant]] = &[
+    append::MUTANTS,
+    attend::MUTANTS,
+    compact::MUTANTS,
+    gather::MUTANTS,
     key_scores::MUTANTS,
     lag::MUTANTS,
     pool::MUTANTS,
     rank::MUTANTS,
     rows::MUTANTS,
     top_k::MUTANTS,
+    value_norm::MUTANTS,
+    window_attention::MUTANTS,
 ];
 
 /// `file, drive { kernel: "bug", [which, of] "find" => "with", …; expected, …; }` as a list of [`Mutant`]s.

@@ -21,9 +21,10 @@ pub(crate) struct Meter {
 
 impl Meter {
     /// The shape of the launch.
-    pub(crate) fn launch(&mut self, blocks: u64, threads_per_block: u64) {
+    pub(crate) fn launch(&mut self, blocks: u64, threads_per_block: u64, shared_per_block: u64) {
         self.counters.blocks += blocks;
         self.counters.threads += blocks * threads_per_block;
+        self.counters.shared_bytes += blocks * shared_per_block;
     }
 
     /// One warp instruction. Every instruction passes here; those below are counted by what they do as well.

@@ -158,7 +158,7 @@ fn cp_async_is_a_load_and_a_store() {
 #[test]
 fn instructions_count_by_class_and_in_total() {
     let mut meter = Meter::default();
-    meter.launch(3, 64);
+    meter.launch(3, 64, 100);
     meter.instruction(Kind::Integer, ALL);
     meter.instruction(Kind::Integer, 1);
     meter.instruction(Kind::Mma, ALL);
@@ -170,7 +170,7 @@ fn instructions_count_by_class_and_in_total() {
     let (warp, thread) = (&counters.warp_instructions, &counters.thread_instructions);
     assert_eq!([warp.total, warp.integer, warp.mma, warp.control, warp.float], [4, 2, 1, 1, 0]);
     assert_eq!([thread.total, thread.integer, thread.mma, thread.control], [69, 33, 32, 4]);
-    assert_eq!((counters.blocks, counters.threads), (3, 192));
+    assert_eq!((counters.blocks, counters.threads, counters.shared_bytes), (3, 192, 300));
     assert_eq!((counters.mma, counters.mma_flops), (1, 4096));
     assert_eq!((counters.barriers, counters.divergent_branches), (1, 1));
 }

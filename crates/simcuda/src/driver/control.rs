@@ -61,6 +61,15 @@ pub extern "C" fn simcuda_ctl_counters(
     })
 }
 
+/// How often the host waited for the device since the last clear, as one word.
+#[unsafe(no_mangle)]
+pub extern "C" fn simcuda_ctl_waits(ordinal: u64, sink: Sink, to: *mut Vec<u8>) -> u64 {
+    on(ordinal, |device| {
+        give(sink, to, &wire::word_bytes(&[device.log.waits]));
+        Some(())
+    })
+}
+
 /// Takes what `printf` wrote, after all pending work ran.
 #[unsafe(no_mangle)]
 pub extern "C" fn simcuda_ctl_printed(ordinal: u64, sink: Sink, to: *mut Vec<u8>) -> u64 {
@@ -71,12 +80,13 @@ pub extern "C" fn simcuda_ctl_printed(ordinal: u64, sink: Sink, to: *mut Vec<u8>
     })
 }
 
-/// Forgets the counters.
+/// Forgets the counters and the waits.
 #[unsafe(no_mangle)]
 pub extern "C" fn simcuda_ctl_clear(ordinal: u64) -> u64 {
     on(ordinal, |device| {
         device.drain();
         device.log.counters.clear();
+        device.log.waits = 0;
         Some(())
     })
 }

@@ -40,6 +40,8 @@ pub struct Log {
     pub reports: Vec<Report>,
     /// By kernel name: how many launches, and their sum.
     pub counters: BTreeMap<String, (u64, Counters)>,
+    /// How often the host waited for the device.
+    pub waits: u64,
     pub printed: String,
 }
 

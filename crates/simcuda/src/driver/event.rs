@@ -54,6 +54,7 @@ impl Device {
 
     /// The host waits for an event, or found it done: it knows what the event knows.
     fn wait_event(&mut self, event: Handle) -> Cu {
+        self.log.waits += 1;
         if let Some(task) = self.pending(event)? {
             self.wait_task(task);
         }

@@ -268,6 +268,7 @@ impl Device {
 
     /// Runs a stream's work; the host knows.
     pub fn wait_stream(&mut self, stream: Handle) -> Cu {
+        self.log.waits += 1;
         let tasks = self.stream_tasks(stream)?;
         let s = self.streams.get(&stream).ok_or(Status::INVALID_HANDLE)?;
         let mut known = s.clock.clone();
@@ -282,6 +283,7 @@ impl Device {
 
     /// Runs all work of a context; the host knows.
     pub fn finish(&mut self, context: Handle) {
+        self.log.waits += 1;
         self.run_until(|pending| !pending.values().any(|task| task.context == context));
         if let Some(owner) = self.contexts.get(&context) {
             clock::host().join(&owner.everything);

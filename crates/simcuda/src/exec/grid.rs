@@ -41,7 +41,8 @@ pub fn run(launch: &Launch<'_>, memory: &mut Memory, policy: &Policy) -> Outcome
     let blocks = launch.grid.iter().product::<u32>();
     let warps_per_block = threads.div_ceil(32);
     let mut meter = Meter::default();
-    meter.launch(blocks.into(), threads.into());
+    let shared = launch.kernel.shared_bytes + launch.dynamic_shared;
+    meter.launch(blocks.into(), threads.into(), shared.into());
     let mut grid = Grid {
         launch,
         code: &launch.kernel.code,

@@ -2,9 +2,10 @@
 
 use std::fmt::Debug;
 
+use kvbudget::Dtype;
 use kvbudget::backend::Backend;
 
-use super::{Expected, batch, fails, scored, stored};
+use super::{DTYPES, Expected, batch, fails, scored, stored};
 use crate::compare::Scale;
 use crate::data::{Layer, Place, TestDevice};
 use crate::generate::{LENGTHS, Spec};
@@ -40,6 +41,27 @@ pub fn shapes<D: TestDevice>(device: &D) {
     }
 }
 
+/// 16-bit values of every width that a tensor core's kernel may be made for, and between; a large group.
+pub fn widths<D: TestDevice>(device: &D) {
+    for dtype in [Dtype::F16, Dtype::BF16] {
+        for (dim, group) in [(8, 3), (64, 16), (72, 2), (96, 2), (128, 2), (136, 1), (256, 2)] {
+            let spec = Spec { dtype, dim, group, hidden: 70, tokens: 50, ..Spec::default() };
+            check(device, (dtype, dim, group), &[spec.build()]);
+        }
+    }
+}
+
+/// Channels and slots of several blocks: shared out where there are few slots, and not where there are many sequences.
+pub fn blocks<D: TestDevice>(device: &D) {
+    for dtype in [Dtype::BF16, Dtype::F32] {
+        let base = Spec { dtype, kv_heads: 1, group: 1, ..Spec::default() };
+        let short = |seed| Spec { tokens: 2, dim: 8, hidden: 390, seed, ..base.clone() }.build();
+        check(device, ("many", dtype), &(0..134).map(short).collect::<Vec<_>>());
+        let long = Spec { tokens: 260, dim: 64, hidden: 700, group: 2, ..base.clone() };
+        check(device, ("long", dtype), &[long.build()]);
+    }
+}
+
 /// Every dtype in every layout.
 pub fn storage<D: TestDevice>(device: &D) {
     for spec in stored(&Spec { hidden: 40, dim: 80, ..Spec::default() }) {
@@ -61,12 +83,17 @@ pub fn compressed<D: TestDevice>(device: &D) {
     }
 }
 
-/// A value of zeros moves nothing; a NaN or infinite value spoils its own slot only.
+/// A value of zeros moves nothing; a NaN or infinite value spoils its own slot only, and one infinite element leaves
+/// an infinite norm.
 pub fn zeros<D: TestDevice>(device: &D) {
-    let clean = Spec { hidden: 24, ..Spec::default() }.build();
-    for factor in [0.0, f64::NAN, f64::INFINITY] {
-        let v = clean.v.with_row_scaled(1, 5, &[factor; 16]);
-        check(device, factor, &[Layer { v, ..clean.clone() }]);
+    for dtype in DTYPES {
+        let clean = Spec { dtype, hidden: 23, ..Spec::default() }.build();
+        for factor in [0.0, f64::NAN, f64::INFINITY] {
+            for count in [1, 16] {
+                let v = clean.v.with_row_scaled(1, 5, &vec![factor; count]);
+                check(device, (dtype, factor, count), &[Layer { v, ..clean.clone() }]);
+            }
+        }
     }
 }
 

@@ -2,9 +2,9 @@
 
 use std::fmt::Debug;
 
-use kvbudget::Ragged;
 use kvbudget::backend::Backend;
 use kvbudget::backend::ops::{Reduce, WindowAttention};
+use kvbudget::{Dtype, Ragged};
 
 use super::{DTYPES, Expected, batch, fails, poisoned, read, scored, stored};
 use crate::compare::Scale;
@@ -173,6 +173,77 @@ pub fn keys<D: TestDevice>(device: &D) {
     }
 }
 
+/// Every way to reduce, with pooled rows and a gap: what a kernel may have a path of its own for.
+fn every_path(window: u32) -> [WindowAttention; 8] {
+    let plain = WindowAttention { window, ..PLAIN };
+    let reduced = |over_window, over_group| WindowAttention { over_window, over_group, ..plain };
+    use Reduce::{Max, Mean};
+    [
+        plain,
+        reduced(Max, Max),
+        reduced(Mean, Max),
+        reduced(Max, Mean),
+        WindowAttention { row_pool: Some(5), ..reduced(Max, Max) },
+        WindowAttention { row_pool: Some(3), ..reduced(Mean, Max) },
+        WindowAttention { gap: 3, score_window: true, ..reduced(Max, Mean) },
+        WindowAttention { gap: 11, ..plain },
+    ]
+}
+
+/// Every dtype at head dims of every size, multiples of 8 and not of 16 among them.
+pub fn dims<D: TestDevice>(device: &D) {
+    for (dtype, dim) in
+        DTYPES.into_iter().flat_map(|t| [8, 64, 72, 96, 128, 200, 256].map(|d| (t, d)))
+    {
+        let base = Spec { tokens: 83, queries: 5, group: 3, kv_heads: 1, ..Spec::default() };
+        let layer = Spec { dtype, dim, ..base }.build();
+        for op in every_path(5) {
+            check(device, (dtype, dim), &op, std::slice::from_ref(&layer));
+        }
+    }
+}
+
+/// More query rows than a kernel keeps at once: large groups, long windows, and both; some rows see little.
+pub fn many_rows<D: TestDevice>(device: &D) {
+    for (dtype, group, window, tokens) in [
+        (Dtype::BF16, 16, 7, 70),
+        (Dtype::F16, 16, 9, 75),
+        (Dtype::F32, 5, 33, 90),
+        (Dtype::BF16, 3, 70, 150),
+        (Dtype::F16, 2, 130, 140),
+        (Dtype::F32, 1, 129, 129),
+        (Dtype::BF16, 1, 290, 300),
+    ] {
+        for lse in [false, true] {
+            let base = Spec { tokens, group, dtype, lse, kv_heads: 1, ..Spec::default() };
+            let layer = Spec { queries: window, ..base }.build();
+            for op in every_path(window) {
+                check(device, (dtype, group, lse), &op, std::slice::from_ref(&layer));
+            }
+        }
+    }
+}
+
+/// Rows that are shared out: pooling windows and sums go on where the work is cut.
+pub fn long_rows<D: TestDevice>(device: &D) {
+    for (dtype, kernel) in [(Dtype::F32, 5), (Dtype::BF16, 7), (Dtype::F16, 31)] {
+        let base = Spec { tokens: 2120, queries: 3, kv_heads: 1, dtype, ..Spec::default() };
+        let layer = Spec { dim: 8, keys: Keys::Peaky, ..base }.build();
+        for over in [Reduce::Max, Reduce::Mean] {
+            for row_pool in [None, Some(kernel)] {
+                let op = WindowAttention {
+                    window: 3,
+                    over_window: over,
+                    over_group: over,
+                    row_pool,
+                    ..PLAIN
+                };
+                check(device, dtype, &op, std::slice::from_ref(&layer));
+            }
+        }
+    }
+}
+
 /// Slots are not positions: heads of different lengths at scattered positions, some without any past,
 /// some without any window, some empty.
 pub fn compressed<D: TestDevice>(device: &D) {
@@ -201,11 +272,31 @@ pub fn batches<D: TestDevice>(device: &D) {
     let op = WindowAttention { row_pool: Some(5), over_window: Reduce::Max, ..PLAIN };
     check(device, "batch", &op, &layers);
     check(device, "no sequence", &PLAIN, &[]);
+    // Sequences of different models.
+    let mut layers = layers;
+    for (dtype, dim, group, lse) in [
+        (Dtype::F16, 64, 2, true),
+        (Dtype::BF16, 128, 5, false),
+        (Dtype::F16, 128, 1, false),
+        (Dtype::BF16, 72, 16, true),
+    ] {
+        let spec = Spec { tokens: 50, queries: 9, dtype, dim, group, lse, ..Spec::default() };
+        layers.push(spec.build());
+    }
+    for op in every_path(8) {
+        check(device, "models", &op, &layers);
+    }
 }
 
 /// NaN goes through both reductions, to be counted by the caller; infinite keys give what IEEE says.
 pub fn non_finite<D: TestDevice>(device: &D) {
-    let spec = Spec { tokens: 50, queries: 8, ..Spec::default() };
+    for dtype in [Dtype::F32, Dtype::BF16] {
+        non_finite_in(device, dtype);
+    }
+}
+
+fn non_finite_in<D: TestDevice>(device: &D, dtype: Dtype) {
+    let spec = Spec { tokens: 50, queries: 8, dtype, ..Spec::default() };
     let clean = spec.build();
     let bad_key =
         |row, factor: f64| Layer { k: clean.k.with_row_scaled(1, row, &[factor]), ..clean.clone() };
@@ -222,7 +313,7 @@ pub fn non_finite<D: TestDevice>(device: &D) {
     ];
     for (name, layer) in layers {
         for op in every_reduction(8).into_iter().filter(|op| !op.score_window) {
-            check(device, name, &op, std::slice::from_ref(&layer));
+            check(device, (name, dtype), &op, std::slice::from_ref(&layer));
         }
     }
 }
