@@ -10,6 +10,9 @@
 // New rows lie at fixed strides, told as arguments, so that a launch needs no table; or, with `fresh`, anywhere: its
 // first half describes keys, its second values. Rows: copy.cuh. Launch: 256 threads, grid (ceil(tokens / (4 * (256 /
 // units))), segments). counters[ARRIVED] is zero before the first launch and after each.
+//
+// And `lend`, below.
+// gates: lend STG.E.64
 // gates: append LDG.E.128==8 STG.E.128==8 !U16 registers<=64
 #include "copy.cuh"
 
@@ -55,4 +58,17 @@ extern "C" __global__ void __launch_bounds__(256)
         if (full) counters[REFUSED] += tokens;
         else counters[SEEN] = seen + tokens;
     }
+}
+
+// lend: borrowed rows at fixed strides, described on the device for kernels that take tables: the `Rows` of head h go to
+// to + h * pitch, its base is base + h * head_stride. Two tensors of `heads` heads; launch: grid (ceil(heads / 256)).
+extern "C" __global__ void __launch_bounds__(256)
+    lend(u64 base, i64 head_stride, i64 row_stride, char* to, u32 pitch, u64 other_base, i64 other_head_stride,
+         i64 other_row_stride, char* other_to, u32 other_pitch, u32 heads) {
+    u32 h = blockIdx.x * 256 + threadIdx.x;
+    if (h >= heads) return;
+    *reinterpret_cast<Rows*>(to + (u64)h * pitch) = Rows{base + h * head_stride, row_stride, -1, 0, 0, 0, 0};
+    if (other_to)
+        *reinterpret_cast<Rows*>(other_to + (u64)h * other_pitch) =
+            Rows{other_base + h * other_head_stride, other_row_stride, -1, 0, 0, 0, 0};
 }

@@ -1,3 +1,26 @@
+// Decode attention of the newest tokens over ragged segments, causal among themselves.
+//
+//   out[s][g][m] = softmax_j(scale * q[s][g][m] . k[s][j]) . v[s][j]  over j < lengths[s] - (queries - 1 - m)
+//   lse[s][g][m] = ln sum_j exp(scale * q[s][g][m] . k[s][j]); zeros and -inf for a query that sees nothing
+//
+// Three launches, fixed whatever the lengths, so that a captured graph stays right while they grow:
+//   attend_plan: cuts segments into items of `chunk` slots (a multiple of 64).          1 block of 1024 threads
+//   attend_f32, or attend_mma_* of attend_mma.cu: an online softmax per item and row.   grid (any, row blocks)
+//   attend_combine: merges the items of a row in their order.                           grid (rows), 128 threads
+// Workspace: offsets u32 [segments + 1], items u32x2, stats f32x2 [items][group * queries], partials f32
+// [items][group * queries][dim]. Blocks stride over the items; a result depends on `chunk`, not on the schedule.
+//
+// Cost: one read of K and V, and at 16 bits an intensity of `group` flop per byte, far below what any unit can do:
+// a layer of 8 heads of 128 dims that keeps a fifth of 131 072 tokens has 107 MB, 32 us at an H100's bandwidth. Hence
+// chunks of total / (4 * multiprocessors): every multiprocessor has work until nearly the end.
+//
+// attend_f32: a warp takes 8 keys of each tile and has a ring of its own, as in attend_mma.cu. A lane has the scores of
+// one key and two rows, then four or eight dims of all 8 rows. Any dim that is a multiple of 4 up to 256; 128 threads,
+// 64 beyond 128 dims; grid.y = ceil(group * queries / 8); 16 * (dim / 4 | 1) * (8 + 32 * warps) bytes of dynamic shared
+// memory. Source: Flash-Decoding (FlashAttention's split-KV kernels); the plan is FlashMLA's.
+// gates: attend_plan STG.E.64 SHFL.UP>=5
+// gates: attend_f32 LDGSTS.E.BYPASS.128 LDS.128>=5 FFMA>=72 registers<=168
+// gates: attend_combine LDG.E.128 MUFU.EX2 F2FP>=4
 #include "attend.cuh"
 
 // What the lanes up to this one hold, summed.
@@ -25,6 +48,7 @@ extern "C" __global__ void __launch_bounds__(1024)
         u32 item = before + upto - mine + (warp > 0 ? earlier : 0);
         before += __shfl_sync(ALL_LANES, warps, 31);
         if (segment < segments) offsets[segment] = item;
+#pragma unroll 1
         for (u32 i = 0; i < mine; ++i) items[item + i] = make_uint2(segment, i * chunk);
     }
     if (threadIdx.x == 0) offsets[segments] = before;
@@ -69,10 +93,6 @@ extern "C" __global__ void __launch_bounds__(128) attend_f32(WORK_PARAMETERS) {
             const char* query = item.query(work, r);
             for (u32 c = lane; c < quads; c += 32) copy_async(shared + r * pitch + c, query + c * 16, r < item.rows);
         }
-        commit_copies();
-        wait_copies<0>();
-        __syncthreads();
-
         auto fetch = [&](u32 tile) {
             float4* stage = mine + tile % 2 * stage_size;
             u32 first = item.first + tile * tile_keys + warp * KEYS;
@@ -90,7 +110,10 @@ extern "C" __global__ void __launch_bounds__(128) attend_f32(WORK_PARAMETERS) {
             if (tile < tiles) fetch(tile);
             commit_copies();
         }
-        // A lane has the scores of one key and two rows, lane / 8 and four below it; later it has two quads of all rows.
+        // All queries are there.
+        wait_copies<1>();
+        __syncthreads();
+        // A lane has the scores of one key and two rows, lane / 8 and four below it; later two quads of all rows.
         u32 key = lane % KEYS, row = lane / KEYS;
         u32 bound[2] = {item.bound(work, row), item.bound(work, row + 4)};
         float maximum[2] = {-INFINITE, -INFINITE}, sum[2] = {};
@@ -128,11 +151,16 @@ extern "C" __global__ void __launch_bounds__(128) attend_f32(WORK_PARAMETERS) {
             float factors[ROWS];
             all_rows(factors, of + KEYS * 2);
 #pragma unroll
-            for (u32 r = 0; r < ROWS; ++r) o[r][0] = scaled(o[r][0], factors[r]), o[r][1] = scaled(o[r][1], factors[r]);
+            for (u32 r = 0; r < ROWS; ++r) {
+                o[r][0] = scaled(o[r][0], factors[r]);
+                o[r][1] = scaled(o[r][1], factors[r]);
+            }
 #pragma unroll 2
             for (u32 k = 0; k < KEYS; ++k) {
                 const float4* value = stage + (KEYS + k) * pitch;
-                float4 zero = {}, v0 = lane < quads ? value[lane] : zero, v1 = lane + 32 < quads ? value[lane + 32] : zero;
+                float4 v0 = {}, v1 = {};
+                if (lane < quads) v0 = value[lane];
+                if (lane + 32 < quads) v1 = value[lane + 32];
                 all_rows(factors, of + k * 2);
 #pragma unroll
                 for (u32 r = 0; r < ROWS; ++r) add(o[r][0], v0, factors[r]), add(o[r][1], v1, factors[r]);
@@ -185,7 +213,8 @@ struct Part {
 };
 
 // The row once more, from the slots that it sees and no others: small code for what is rare.
-__device__ inline Part attend_exactly(const Work& work, u32 segment, const char* query, u32 seen, u32 dtype, float* out) {
+__device__ inline Part attend_exactly(const Work& work, u32 segment, const char* query, u32 seen, u32 dtype,
+                                      float* out) {
     __shared__ float scratch[32], weights[COMBINE_THREADS];
     Part all = {-INFINITE, 0.0f};
 #pragma unroll 1

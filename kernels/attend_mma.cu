@@ -1,24 +1,50 @@
+// Decode attention of 16-bit heads on tensor cores: the middle of three kernels, see attend.cu for what and why.
+//
+// A warp takes 16 keys of each tile and shares nothing with the others until the end of an item: its ring of two stages
+// is its own, so the loop has no block barrier. Rows of a block are padded to the 16 of an mma; they are read from
+// shared memory again for each tile, which saves 32 registers. Head dims between those of the templates run in the next
+// wider one with zeros, most of whose work is skipped.
+//
+// Weights are not rounded to 16 bits but split into terms that hold all of an f32: three of bf16, two of f16. That
+// makes 64 (48) mma of 16 keys of 128 dims instead of 32, and they are free: a tile of 64 keys is 32 KB, 2260 clocks of
+// what an H100's memory gives a multiprocessor, while 64 mma keep each quarter of it busy for 410. What a zero among
+// the terms makes of an infinity, attend_combine repairs.
+//
+// Launch: grid (any, ceil(group * queries / 16)), 128 threads (64 for 256 dims), bytes of dynamic shared memory
+// 2 * D * (16 + 64 * warps). Source: Flash-Decoding (FlashAttention's split-KV kernels).
+// gates: attend_mma_* LDGSTS.E.BYPASS.128 LDG.E.64.CONSTANT
+// gates: attend_mma_bf16_64 HMMA.16816.F32.BF16==32 LDSM.16.M88.4==8 LDSM.16.MT88.4==4 registers<=128
+// gates: attend_mma_bf16_96 HMMA.16816.F32.BF16==40 LDSM.16.M88.4==4 LDSM.16.MT88.4==6 registers<=128
+// gates: attend_mma_bf16_128 HMMA.16816.F32.BF16==56 LDSM.16.M88.4==8 LDSM.16.MT88.4==8 registers<=168
+// gates: attend_mma_bf16_256 HMMA.16816.F32.BF16==104 LDSM.16.M88.4==8 LDSM.16.MT88.4==16 registers<=224
+// gates: attend_mma_f16_64 HMMA.16816.F32==24 LDSM.16.M88.4==8 LDSM.16.MT88.4==4 registers<=128
+// gates: attend_mma_f16_96 HMMA.16816.F32==28 LDSM.16.M88.4==4 LDSM.16.MT88.4==6 registers<=128
+// gates: attend_mma_f16_128 HMMA.16816.F32==40 LDSM.16.M88.4==8 LDSM.16.MT88.4==8 registers<=168
+// gates: attend_mma_f16_256 HMMA.16816.F32==72 LDSM.16.M88.4==8 LDSM.16.MT88.4==16 registers<=224
 #include "attend.cuh"
 
 constexpr u32 KEYS = 16, ROWS = 16;
 
 // Products for a pair of key groups, or of groups of dims; one statement each, since PTX repeats itself enough.
-#define MMA(TYPE, A, D0, D1, C0, C1)                                                                                   \
-    "mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {" D0 "}, {" A "}, {%8, %9}, {" C0 "};\n\t"           \
-    "mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {" D1 "}, {" A "}, {%10, %11}, {" C1 "};\n\t"
-#define SUMS(C)                                                                                                        \
-    "+f"(C[0][0]), "+f"(C[0][1]), "+f"(C[0][2]), "+f"(C[0][3]), "+f"(C[1][0]), "+f"(C[1][1]), "+f"(C[1][2]), "+f"(C[1][3])
-#define FOUR(A) "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3])
-#define SCORES(TYPE) MMA(TYPE, "%12, %13, %14, %15", "%0, %1, %2, %3", "%4, %5, %6, %7", "%0, %1, %2, %3", "%4, %5, %6, %7")
-// The first term meets nothing, the others what came before; all are added to the shrunken sums here and not by an
+#define ONE(TYPE, A, B, C, D)                                                                                          \
+    "mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {" D "}, {" A "}, {" B "}, {" C "};\n\t"
+#define BOTH(TYPE, A, C0, C1, D0, D1) ONE(TYPE, A, "%8, %9", C0, D0) ONE(TYPE, A, "%10, %11", C1, D1)
+#define LOW "%0, %1, %2, %3"
+#define HIGH "%4, %5, %6, %7"
+#define SCORES(TYPE) BOTH(TYPE, "%12, %13, %14, %15", LOW, HIGH, LOW, HIGH)
+// The first term meets nothing, the others what came before. The sum goes to the shrunken outputs here and not by an
 // mma, which cuts off what it cannot hold: over many tiles that would be a bias.
-#define FIRST(TYPE, P) MMA(TYPE, P, "a, b, c, d", "e, f, g, h", "z, z, z, z", "z, z, z, z")
-#define TERM(TYPE, P) MMA(TYPE, P, "a, b, c, d", "e, f, g, h", "a, b, c, d", "e, f, g, h")
+#define FIRST(TYPE, P) BOTH(TYPE, P, "z, z, z, z", "z, z, z, z", "a, b, c, d", "e, f, g, h")
+#define TERM(TYPE, P) BOTH(TYPE, P, "a, b, c, d", "e, f, g, h", "a, b, c, d", "e, f, g, h")
 #define WEIGH(TERMS)                                                                                                   \
     "{ .reg .f32 a, b, c, d, e, f, g, h, z;\n\tmov.f32 z, 0f00000000;\n\t" TERMS                                       \
     "fma.rn.f32 %0, %0, %12, a;\n\tfma.rn.f32 %1, %1, %12, b;\n\tfma.rn.f32 %2, %2, %13, c;\n\t"                       \
     "fma.rn.f32 %3, %3, %13, d;\n\tfma.rn.f32 %4, %4, %12, e;\n\tfma.rn.f32 %5, %5, %12, f;\n\t"                       \
     "fma.rn.f32 %6, %6, %13, g;\n\tfma.rn.f32 %7, %7, %13, h; }"
+#define SUMS(C)                                                                                                        \
+    "+f"(C[0][0]), "+f"(C[0][1]), "+f"(C[0][2]), "+f"(C[0][3]), "+f"(C[1][0]), "+f"(C[1][1]), "+f"(C[1][2]),           \
+        "+f"(C[1][3])
+#define FOUR(A) "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3])
 
 struct Bf16Cache : Bf16 {
     static constexpr u32 TERMS = 3;
@@ -27,7 +53,8 @@ struct Bf16Cache : Bf16 {
         asm(SCORES("bf16") : SUMS(c) : FOUR(k), FOUR(q));
     }
     __device__ static void weigh(float (*o)[4], const float (&shrink)[2], const u32 (&p)[3][4], const u32 (&v)[4]) {
-        asm(WEIGH(FIRST("bf16", "%14, %15, %16, %17") TERM("bf16", "%18, %19, %20, %21") TERM("bf16", "%22, %23, %24, %25"))
+        asm(WEIGH(FIRST("bf16", "%14, %15, %16, %17") TERM("bf16", "%18, %19, %20, %21")
+                      TERM("bf16", "%22, %23, %24, %25"))
             : SUMS(o)
             : FOUR(v), "f"(shrink[0]), "f"(shrink[1]), FOUR(p[2]), FOUR(p[1]), FOUR(p[0]));
     }
@@ -54,9 +81,9 @@ struct F16Cache : F16 {
     __device__ static float high(u32 pair) { return low(pair >> 16); }
 };
 
-// A tile in shared memory, rows of CHUNKS times 16 bytes. Chunk c of row r lies at place c ^ (r % 8) of its eight (of its
-// four, c ^ (r / 2 % 4), where rows are no multiple of eight): eight rows at one chunk, what ldmatrix reads in a phase,
-// then lie in eight different groups of four banks.
+// A tile in shared memory, rows of CHUNKS times 16 bytes. Chunk c of row r lies at place c ^ (r % 8) of its eight (of
+// its four, c ^ (r / 2 % 4), where rows are no multiple of eight): eight rows at one chunk, what ldmatrix reads in a
+// phase, then lie in eight different groups of four banks.
 template <u32 CHUNKS> struct Tile {
     static_assert(CHUNKS % 4 == 0, "a head dim that is a multiple of 32");
     static constexpr u32 TURN = CHUNKS % 8 == 0 ? 8 : 4;
@@ -95,13 +122,11 @@ template <class T, u32 D, u32 WARPS> __device__ inline void attend(const Work& w
     // Queries, then for each warp two stages of 16 keys and 16 values.
     extern __shared__ uint4 shared[];
     float scale = work.scale * LOG2_E;
-    u32 lane = lane_id(), warp = warp_id();
-    // Read again for each item: a register less.
-    const volatile u32* items = work.offsets + work.segments;
+    u32 lane = lane_id(), warp = warp_id(), items = work.offsets[work.segments];
     uint4 *ring = shared + ROWS * CHUNKS, *mine = ring + warp * 2 * STAGE;
 
 #pragma unroll 1
-    for (u32 index = blockIdx.x; index < *items; index += gridDim.x) {
+    for (u32 index = blockIdx.x; index < items; index += gridDim.x) {
         Item item(work, index, ROWS);
         if (item.end <= item.first) continue;
         // The last item's partial outputs have been read.
@@ -112,10 +137,6 @@ template <class T, u32 D, u32 WARPS> __device__ inline void attend(const Work& w
             copy_async(shared + Tile<CHUNKS>::place(row, chunk), item.query(work, row) + chunk * 16,
                        row < item.rows && chunk * 8 < work.dim);
         }
-        commit_copies();
-        wait_copies<0>();
-        __syncthreads();
-
         // Of the thread's two rows, lane / 4 and eight below it.
         u32 bound[2] = {item.bound(work, lane / 4), item.bound(work, lane / 4 + 8)};
         float maximum[2] = {-INFINITE, -INFINITE}, sum[2] = {}, o[D / 8][4] = {};
@@ -139,68 +160,76 @@ template <class T, u32 D, u32 WARPS> __device__ inline void attend(const Work& w
             if (tile < tiles) fetch(tile);
             commit_copies();
         }
+        // All queries are there.
+        wait_copies<1>();
+        __syncthreads();
 #pragma unroll 1
         for (u32 tile = 0; tile < tiles; ++tile) {
             const uint4* stage = mine + tile % 2 * STAGE;
-                wait_copies<1>();
-                __syncwarp();
-                float x[2][4] = {};
-                Tile<CHUNKS> queries(shared, lane % 16, lane / 16);
-                Tile<CHUNKS> keys(stage, lane / 16 * 8 + lane % 8, lane / 8 % 2);
+            wait_copies<1>();
+            __syncwarp();
+            float x[2][4] = {};
+            Tile<CHUNKS> queries(shared, lane % 16, lane / 16);
+            Tile<CHUNKS> keys(stage, lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll 1
-                for (u32 i = 0; i < STEPS / TURNS; ++i)
+            for (u32 i = 0; i * TURNS * 16 < work.dim; ++i)
 #pragma unroll
-                    for (u32 j = 0; j < TURNS; ++j) {
-                        u32 q[4], k[4];
-                        queries.load(q, i, j);
-                        keys.load(k, i, j);
-                        T::scores(x, q, k);
-                    }
-                u32 key = item.first + tile * TILE + warp * KEYS + lane % 4 * 2;
-                float shrink[2];
-#pragma unroll
-                for (u32 r = 0; r < 2; ++r) {
-                    float greater = maximum[r];
-#pragma unroll
-                    for (u32 i = 0; i < 4; ++i) {
-                        float& score = x[i / 2][2 * r + i % 2];
-                        score = key + i / 2 * 8 + i % 2 < bound[r] ? score * scale : -INFINITE;
-                        greater = fmaxf(greater, score);
-                    }
-                    greater = fmaxf(greater, __shfl_xor_sync(ALL_LANES, greater, 1));
-                    greater = fmaxf(greater, __shfl_xor_sync(ALL_LANES, greater, 2));
-                    // Nothing but -inf so far: subtracting it would be NaN.
-                    float subtract = greater == -INFINITE ? 0.0f : greater;
-                    shrink[r] = exp2_approx(maximum[r] - subtract);
-                    maximum[r] = greater;
-                    sum[r] *= shrink[r];
-#pragma unroll
-                    for (u32 i = 0; i < 4; ++i) {
-                        float& score = x[i / 2][2 * r + i % 2];
-                        score = exp2_approx(score - subtract) * T::WEIGHT;
-                        sum[r] += score;
-                    }
+                for (u32 j = 0; j < TURNS; ++j) {
+                    u32 q[4], k[4];
+                    queries.load(q, i, j);
+                    keys.load(k, i, j);
+                    T::scores(x, q, k);
                 }
-                // Sums of two key groups are laid out as the left operand of the next product.
-                u32 p[T::TERMS][4];
+            u32 key = item.first + tile * TILE + warp * KEYS + lane % 4 * 2;
+            float shrink[2];
 #pragma unroll
-                for (u32 term = 0; term < T::TERMS; ++term)
+            for (u32 r = 0; r < 2; ++r) {
+                float greater = maximum[r];
 #pragma unroll
-                    for (u32 i = 0; i < 4; ++i) {
-                        float &low = x[i / 2][i % 2 * 2], &high = x[i / 2][i % 2 * 2 + 1];
-                        u32 pair = p[term][i] = T::pack(low, high);
-                        low -= T::low(pair), high -= T::high(pair);
-                    }
-                Tile<CHUNKS> values(stage, KEYS + lane % 16, lane / 16);
+                for (u32 i = 0; i < 4; ++i) {
+                    float& score = x[i / 2][2 * r + i % 2];
+                    score = key + i / 2 * 8 + i % 2 < bound[r] ? score * scale : -INFINITE;
+                    greater = fmaxf(greater, score);
+                }
+                greater = fmaxf(greater, __shfl_xor_sync(ALL_LANES, greater, 1));
+                greater = fmaxf(greater, __shfl_xor_sync(ALL_LANES, greater, 2));
+                // Nothing but -inf so far: subtracting it would be NaN.
+                float subtract = greater == -INFINITE ? 0.0f : greater;
+                shrink[r] = exp2_approx(maximum[r] - subtract);
+                maximum[r] = greater;
+                sum[r] *= shrink[r];
 #pragma unroll
-                for (u32 i = 0; i < STEPS; ++i) {
+                for (u32 i = 0; i < 4; ++i) {
+                    float& score = x[i / 2][2 * r + i % 2];
+                    score = exp2_approx(score - subtract) * T::WEIGHT;
+                    sum[r] += score;
+                }
+            }
+            // Sums of two key groups are laid out as the left operand of the next product.
+            u32 p[T::TERMS][4];
+#pragma unroll
+            for (u32 term = 0; term < T::TERMS; ++term)
+#pragma unroll
+                for (u32 i = 0; i < 4; ++i) {
+                    float &low = x[i / 2][i % 2 * 2], &high = x[i / 2][i % 2 * 2 + 1];
+                    u32 pair = p[term][i] = T::pack(low, high);
+                    low -= T::low(pair), high -= T::high(pair);
+                }
+            Tile<CHUNKS> values(stage, KEYS + lane % 16, lane / 16);
+            // Dims that the head lacks are left out. The branches also keep assemblers from loading all values at once,
+            // which takes more registers than there are.
+#pragma unroll
+            for (u32 i = 0; i < STEPS; i += 2) {
+                if (i * 16 >= work.dim) break;
+#pragma unroll
+                for (u32 j = i; j < i + 2; ++j) {
                     u32 v[4];
-                    values.load_transposed(v, i / TURNS, i % TURNS);
-                    T::weigh(o + 2 * i, shrink, p, v);
-                    if (i % 4 == 3) __syncwarp();
+                    values.load_transposed(v, j / TURNS, j % TURNS);
+                    T::weigh(o + 2 * j, shrink, p, v);
                 }
-                // All lanes have read before any refills.
-                __syncwarp();
+            }
+            // All lanes have read before any refills.
+            __syncwarp();
             if (tile + 2 < tiles) fetch(tile + 2);
             commit_copies();
         }

@@ -40,7 +40,7 @@ struct Elements {
     }
     __device__ u64 at(u32 i) const {
         if (pass > 0) return put[i];
-        u64 better = ordered(row.scores[i]);
+        u64 better = ordered(__ldg(row.scores + i));
         for (const Span* span = row.first; span < row.end; ++span)
             if (i >= row.resolve(span->start) && i < row.resolve(span->end)) better |= 1ull << 32;
         return ((1ull << 33) - 1 - better) << SLOT_BITS | i;

@@ -42,9 +42,9 @@ struct Row {
         if (valid(unit) == 4) return __ldg(reinterpret_cast<const float4*>(scores) + unit);
         const float* at = scores + unit * 4;
         float4 x = {};
-        if (valid(unit) > 0) x.x = at[0];
-        if (valid(unit) > 1) x.y = at[1];
-        if (valid(unit) > 2) x.z = at[2];
+        if (valid(unit) > 0) x.x = __ldg(at);
+        if (valid(unit) > 1) x.y = __ldg(at + 1);
+        if (valid(unit) > 2) x.z = __ldg(at + 2);
         return x;
     }
     __device__ void keys(u32 (&out)[4], float4 x, u32 unit) const {

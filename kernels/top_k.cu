@@ -16,48 +16,27 @@
 //   top_k_level_1   reads the scores again: counts of second digits, and per tile of 4096 slots two bits a slot, above
 //                   the cut's first digit or a candidate, and the keys of the candidates
 //   top_k_level_2   reads the candidates: counts of the last digits, then what each segment keeps
-//   top_k_emit      reads bits and candidates, never the scores: slots ascending, tile after tile by look-back
-//   top_k_pin       sets rows to infinity at the selected slots
+//   top_k_emit      reads bits and candidates, never the scores: see top_k_emit.cu
 //
 // With a share c of N slots as candidates that is 2 N keys, 3/32 N words of bits and 2 c N candidates read. All equal,
 // c is 1; uniform, 1/8 where the cut is in the largest quarter of an octave.
 //
-// Launch: levels grid (ceil(longest / 4096 / tiles), segments), emit grid (ceil(longest / 4096), segments), pin grid
-// (ceil(largest count / 1024), segments), 256 threads each. `tallies`, `contest_tallies`, `steps`, `status` and, where
-// a segment has more than one block, histogram 0 are zeroed before. Contests hold fewer than 2^32 slots, segments fewer
+// Launch: grid (ceil(longest / 4096 / tiles), segments), 256 threads. `tallies`, `contest_tallies`, `steps` and, where a
+// segment has more than one block, histogram 0 are zeroed before. Contests hold fewer than 2^32 slots, segments fewer
 // than 2^31; segments of a contest are consecutive and at least one; rows start at multiples of 16 bytes; budget >= sum
-// of floors.
-//
-// Source: the CPU backend's top_k.rs; look-back as in Merrill and Garland, Single-pass parallel prefix scan with
-// decoupled look-back (NVR-2016-002).
+// of floors. Source: the CPU backend's top_k.rs.
 // gates: top_k_level_0 LDG.E.128.CONSTANT>=4 ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=48
 // gates: top_k_level_1 LDG.E.128.CONSTANT>=4 VOTE>=32 ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=64
 // gates: top_k_level_2 REDUX ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=80
-// gates: top_k_emit VOTE>=32 REDUX ATOMG==1 !ATOMS !MEMBAR registers<=80
-// gates: top_k_pin STG.E
-#include "scores.cuh"
+#include "top_k.cuh"
 
-constexpr u32 THREADS = 256, BINS = 2048, TILE = 4096;
-// A warp owns 512 consecutive slots of a tile: (warp, round, lane, component) is the order of slots.
-constexpr u32 ROUNDS = 4, OF_WARP = ROUNDS * 128, MARKS = 32 * THREADS / 32;
+constexpr u32 BINS = 2048;
 
-// Written by the host, as are spans.
-struct Segment {
-    u64 first_tile; // of its tiles among those of all
-    u32 floor, contest;
-    u32 protected_first, protected_end; // its spans
-};
+// Written by the host.
 struct Contest {
     u64 positions; // where its positions start
     u32 budget, first, end; // segments
     u32 steps; // its tables of steps, if it has several segments
-};
-// State of a descent: the digits of the segment's cut so far, how many keys are above all that share them, and the
-// digits of the cut for the floor alone.
-struct Tally {
-    u32 prefix, above, floor_prefix;
-    u32 arrivals, ticket;
-    u32 unused[3];
 };
 // total(b) of a contest of several segments is `least` of no bin at all, and `steps[level][b]` is by how much total(b)
 // exceeds total(b + 1): a segment adds to the few bins where it has keys.
@@ -67,8 +46,6 @@ struct ContestTally {
     u32 unused[3];
 };
 static_assert(sizeof(Tally) == 32 && sizeof(ContestTally) == 32 && sizeof(Cut) == 24, "as selection.rs has them");
-
-__device__ inline u32 tiles_of(u32 length) { return length / TILE + (length % TILE > 0); }
 
 struct Descent {
     const float* const* rows;
@@ -163,6 +140,17 @@ __device__ inline u32 suffix_sums(u32 (&sums)[9], const u32* counts, u32* scratc
     return total;
 }
 
+// Whether the highest bin at which falling totals still reach what is needed is one of the thread's eight, and which. A
+// level's highest bin is always one that does, for lack of a next one.
+template <int LEVEL> __device__ inline bool crossing(const u32 (&totals)[9], u32 needed, u32& bin) {
+    u32 first = 8 * threadIdx.x, next = first + 8;
+    if (first >= Digit<LEVEL>::COUNT || totals[0] < needed || (next < Digit<LEVEL>::COUNT && totals[8] >= needed))
+        return false;
+    bin = first;
+    for (u32 i = 1; i < 8; ++i) bin += totals[i] >= needed;
+    return true;
+}
+
 // A segment at the contest's cut so far. `sums` are its counts at and above each bin of the last digit.
 template <int LEVEL> struct Standing {
     u32 cut, above, equal; // digits of the segment's own cut, keys above them, keys that share them
@@ -218,7 +206,8 @@ template <int LEVEL> __device__ inline void descend(const Descent& d, u32 tiles)
     Tally& tally = d.tallies[segment];
     u32 prefix = tally.prefix;
 
-    for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) counts[bin] = 0;
+    uint4* eight = reinterpret_cast<uint4*>(counts) + 2 * threadIdx.x;
+    eight[0] = eight[1] = make_uint4(0, 0, 0, 0);
     __syncthreads();
     u64 first_tile = d.segments[segment].first_tile;
     for (u32 tile = blockIdx.x * tiles; tile < min((blockIdx.x + 1) * tiles, end); ++tile)
@@ -242,14 +231,9 @@ template <int LEVEL> __device__ inline void descend(const Descent& d, u32 tiles)
     ContestTally& contest_tally = d.contest_tallies[d.segments[segment].contest];
     u32 floor = min(d.segments[segment].floor, length), above = tally.above;
     u32 contest_prefix = contest_tally.prefix, floor_prefix = tally.floor_prefix;
-    u32 sums[9], total = suffix_sums(sums, counts, scratch);
-    for (u32 i = 0; i < 8; ++i) {
-        u32 bin = 8 * threadIdx.x + i;
-        bool reached = above + sums[i] >= floor, missed = bin + 1 == Digit<LEVEL>::COUNT || above + sums[i + 1] < floor;
-        if (prefix == floor_prefix && bin < Digit<LEVEL>::COUNT && reached && missed)
-            tally.floor_prefix = prefix | bin << Digit<LEVEL>::SHIFT;
-    }
-    uint4* eight = reinterpret_cast<uint4*>(counts) + 2 * threadIdx.x;
+    u32 sums[9], bin, total = suffix_sums(sums, counts, scratch);
+    if (prefix == floor_prefix && crossing<LEVEL>(sums, floor > above ? floor - above : 0, bin))
+        tally.floor_prefix = prefix | bin << Digit<LEVEL>::SHIFT;
     eight[0] = make_uint4(sums[0], sums[1], sums[2], sums[3]);
     eight[1] = make_uint4(sums[4], sums[5], sums[6], sums[7]);
     __syncthreads();
@@ -262,7 +246,7 @@ template <int LEVEL> __device__ inline void descend(const Descent& d, u32 tiles)
         total = taken(total);
     } else {
         u32* steps = d.steps + ((u64)contest.steps * 3 + LEVEL) * BINS;
-        for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) {
+        for (bin = threadIdx.x; bin < BINS; bin += THREADS) {
             u32 here = counts[bin], next = bin + 1 < BINS ? counts[bin + 1] : 0;
             histogram[bin] = here;
             u32 step = taken(here) - taken(next);
@@ -277,12 +261,7 @@ template <int LEVEL> __device__ inline void descend(const Descent& d, u32 tiles)
 
     // The contest's last block: the digit of its cut, and where that leaves each segment.
     u32 budget = min(contest.budget, total);
-    for (u32 i = 0; i < 8; ++i) {
-        u32 bin = 8 * threadIdx.x + i;
-        bool missed = bin + 1 == Digit<LEVEL>::COUNT || sums[i + 1] < budget;
-        if (bin < Digit<LEVEL>::COUNT && sums[i] >= budget && missed)
-            picked = contest_prefix | bin << Digit<LEVEL>::SHIFT;
-    }
+    if (crossing<LEVEL>(sums, budget, bin)) picked = contest_prefix | bin << Digit<LEVEL>::SHIFT;
     __syncthreads();
     u32 cut = picked;
     auto sums_of = [&](u32 s) -> const u32* { return alone ? counts : d.histogram(LEVEL, s); };
@@ -306,109 +285,3 @@ template <int LEVEL> __device__ inline void descend(const Descent& d, u32 tiles)
 TOP_K_LEVEL(0)
 TOP_K_LEVEL(1)
 TOP_K_LEVEL(2)
-
-// Per tile: how many keys are above the threshold and how many equal it, and whether that is of the tile or of
-// everything up to its end. One word, so that relaxed accesses are enough.
-constexpr u64 OWN = 1, UP_TO_HERE = 2;
-__device__ inline u64 status_word(u64 flag, u32 above, u32 equal) { return flag << 62 | (u64)above << 31 | equal; }
-
-// Sums over all tiles before this one; a whole warp. Waits only for tiles whose blocks run already: they took their
-// tickets earlier.
-__device__ inline void look_back(const u64* status, u32 tile, u32& above, u32& equal) {
-    above = equal = 0;
-    for (i32 nearest = tile - 1; nearest >= 0; nearest -= 32) {
-        i32 at = nearest - (i32)lane_id();
-        u64 word;
-        do {
-            word = at >= 0 ? load_relaxed(status + at) : status_word(UP_TO_HERE, 0, 0);
-        } while (__any_sync(ALL_LANES, word >> 62 == 0));
-        u32 complete = __ballot_sync(ALL_LANES, word >> 62 == UP_TO_HERE);
-        bool counts = complete == 0 || lane_id() < __ffs(complete);
-        above += __reduce_add_sync(ALL_LANES, counts ? (u32)(word >> 31) & 0x7fffffff : 0);
-        equal += __reduce_add_sync(ALL_LANES, counts ? (u32)word & 0x7fffffff : 0);
-        if (complete != 0) break;
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS)
-    top_k_emit(const u32* lengths, const Segment* segments, const Cut* cuts, Tally* tallies, const u32* marks,
-               const u32* candidates, u64* status, u32* positions) {
-    __shared__ u32 stage[TILE], warps[THREADS / 32], tile, above_before, equal_before;
-    u32 segment = blockIdx.y;
-    Cut cut = cuts[segment];
-    if (threadIdx.x == 0) tile = atomicAdd(&tallies[segment].ticket, 1);
-    __syncthreads();
-    u32 length = lengths[segment], slot = tile * TILE + warp_id() * OF_WARP;
-    if (tile >= tiles_of(length)) return;
-
-    u64 tiles = segments[segment].first_tile;
-    u32 lower = (1 << lane_id()) - 1, mine = slot < length ? marks[(tiles + tile) * MARKS + threadIdx.x] : 0;
-    const u32* next = candidates + (tiles + tile) * TILE + warp_id() * OF_WARP;
-    // Pairs of counts share a word: `above` in the low half, `equal` in the high one.
-    u32 ranks[ROUNDS], own_above = 0, own_equal = 0, count = 0;
-#pragma unroll
-    for (u32 i = 0; i < ROUNDS; ++i) {
-        u32 candidate[4], at = 0, found = 0;
-#pragma unroll
-        for (u32 j = 0; j < 4; ++j) {
-            candidate[j] = __shfl_sync(ALL_LANES, mine, 16 + i * 4 + j);
-            at += __popc(candidate[j] & lower), found += __popc(candidate[j]);
-        }
-        ranks[i] = count;
-#pragma unroll
-        for (u32 j = 0; j < 4; ++j) {
-            bool is_above = __shfl_sync(ALL_LANES, mine, i * 4 + j) >> lane_id() & 1, is_equal = false;
-            if (candidate[j] >> lane_id() & 1) {
-                u32 key = next[at++];
-                is_above = key > cut.threshold, is_equal = key == cut.threshold;
-            }
-            u32 above = __ballot_sync(ALL_LANES, is_above), equal = __ballot_sync(ALL_LANES, is_equal);
-            own_above |= is_above << (i * 4 + j), own_equal |= is_equal << (i * 4 + j);
-            ranks[i] += __popc(above & lower) | __popc(equal & lower) << 16;
-            count += __popc(above) | __popc(equal) << 16;
-        }
-        next += found;
-    }
-    if (lane_id() == 0) warps[warp_id()] = count;
-    __syncthreads();
-    u32 before = 0, all = 0;
-    for (u32 warp = 0; warp < THREADS / 32; ++warp) {
-        before += warp < warp_id() ? warps[warp] : 0;
-        all += warps[warp];
-    }
-
-    if (warp_id() == 0) {
-        u64* states = status + tiles;
-        u32 above, equal;
-        if (lane_id() == 0 && tile > 0) store_relaxed(states + tile, status_word(OWN, all & 0xffff, all >> 16));
-        look_back(states, tile, above, equal);
-        if (lane_id() == 0) {
-            store_relaxed(states + tile, status_word(UP_TO_HERE, above + (all & 0xffff), equal + (all >> 16)));
-            above_before = above, equal_before = equal;
-        }
-    }
-    __syncthreads();
-    u32 start = above_before + min(equal_before, cut.ties);
-#pragma unroll
-    for (u32 i = 0; i < ROUNDS; ++i) {
-        u32 above = above_before + ((before + ranks[i]) & 0xffff), equal = equal_before + ((before + ranks[i]) >> 16);
-#pragma unroll
-        for (u32 j = 0; j < 4; ++j) {
-            bool is_above = own_above >> (i * 4 + j) & 1, is_equal = own_equal >> (i * 4 + j) & 1;
-            if (is_above || (is_equal && equal < cut.ties))
-                stage[above + min(equal, cut.ties) - start] = slot + i * 128 + lane_id() * 4 + j;
-            above += is_above, equal += is_equal;
-        }
-    }
-    __syncthreads();
-    u32 end = above_before + (all & 0xffff) + min(equal_before + (all >> 16), cut.ties);
-    for (u32 i = threadIdx.x; i < end - start; i += THREADS) positions[cut.positions + start + i] = stage[i];
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS)
-    top_k_pin(float* const* rows, const Cut* cuts, const u32* positions) {
-    float* row = rows[blockIdx.y];
-    Cut cut = cuts[blockIdx.y];
-    u32 stop = min(blockIdx.x * 1024 + 1024, cut.count);
-    for (u32 i = blockIdx.x * 1024 + threadIdx.x; i < stop; i += THREADS) row[positions[cut.positions + i]] = INFINITE;
-}

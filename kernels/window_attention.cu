@@ -19,14 +19,14 @@
 // Everything is added in an order that follows from the shapes alone.
 // Source: FlashAttention-2 (arXiv 2307.08691) for the skeleton; DefensiveKV's code for the pooled rows.
 // gates: window_attention_*_64 HMMA.16816.F32==32 HMMA.16816.F32.BF16==16 LDSM.16.M88.4==16 LDGSTS.E.BYPASS.128 registers<=168
-// gates: window_attention_*_128 HMMA.16816.F32==64 HMMA.16816.F32.BF16==32 LDSM.16.M88.4==32 LDGSTS.E.BYPASS.128 registers<=215
-// gates: window_attention_*_256 HMMA.16816.F32==128 HMMA.16816.F32.BF16==64 LDSM.16.M88.4==64 LDGSTS.E.BYPASS.128
+// gates: window_attention_*_128 HMMA.16816.F32==64 HMMA.16816.F32.BF16==32 LDSM.16.M88.4==32 LDGSTS.E.BYPASS.128 registers<=168
+// gates: window_attention_*_256 HMMA.16816.F32==128 HMMA.16816.F32.BF16==64 LDSM.16.M88.4==64 LDGSTS.E.BYPASS.128 registers<=255
 // gates: window_attention_lse_* MUFU.EX2>=20
 // gates: window_attention_sum_* MUFU.EX2==16
 // gates: window_attention_max_* MUFU.EX2==16
-// gates: window_attention_*_f32 FFMA>=64 LDGSTS.E.BYPASS.128 LDG.E.128.CONSTANT==4 LDS.128 registers<=168
-// gates: window_attention_rows MUFU.EX2 LDG.E.128
-// gates: window_attention_merge LDG.E STG.E
+// gates: window_attention_*_f32 FFMA>=64 LDGSTS.E.BYPASS.128 LDG.E.128.CONSTANT>=4 LDS.128>=4 registers<=168
+// gates: window_attention_rows MUFU.EX2>=2 STG.E.128
+// gates: window_attention_merge LDG.E ST.E
 #include "window_attention.cuh"
 
 struct Arguments {
@@ -247,7 +247,8 @@ template <class T, u32 D, bool MAX> __device__ inline void scores(const Argument
     float per_group = group_max ? 1.0f : 1.0f / block.units, per_row = 1.0f / all;
 
 #pragma unroll 1
-    for (block.first = split * WARPS * ROWS; block.first < block.rows; block.first += segment.splits * WARPS * ROWS) {
+    for (block.first = split * WARPS * ROWS; block.first < block.rows && first < end;
+         block.first += segment.splits * WARPS * ROWS) {
         bool fresh = block.first == split * WARPS * ROWS;
         queries.template load<STAGES * KEYS>(ring, block, segment, arg.queries, arg.pages, arg.flags);
         if (MAX && radius > 0) {
@@ -368,14 +369,13 @@ template <class T, u32 D, bool MAX> __device__ inline void scores(const Argument
         stream<T, D, KEYS>(ring, queries, there, arg.keys[segment.row], arg.pages, segment.chunks, start,
                            min((i32)sight.scored, end + radius), tiles, work, done);
 
-        // What no row reaches, and what is not scored.
-        i32 rest = max(first, min(end, start + (i32)(tiles * KEYS) - radius));
-        i32 mean_rest = max(first, min(end, start + (i32)(tiles * KEYS)));
-        if (tiles == 0) rest = mean_rest = first;
+        // What no row reaches.
+        i32 rest = tiles == 0 ? first : min(end, start + (i32)(tiles * KEYS) - radius);
+        i32 mean_rest = tiles == 0 ? first : min(end, start + (i32)(tiles * KEYS));
 #pragma unroll 1
-        for (i32 t = min(rest, mean_rest) + threadIdx.x; t < limit && (direct || fresh); t += blockDim.x) {
+        for (i32 t = min(rest, mean_rest) + threadIdx.x; t < end && (direct || fresh); t += blockDim.x) {
 #pragma unroll 1
-            for (u32 unit = 0; unit < block.mine && !direct && t < end; ++unit) {
+            for (u32 unit = 0; unit < block.mine && !direct; ++unit) {
                 float* plane = planes + (u64)unit * segment.splits * segment.stride;
                 if (t >= rest) plane[t] = 0.0f;
                 if (means && t >= mean_rest) plane[mean_planes + t] = 0.0f;
@@ -384,7 +384,14 @@ template <class T, u32 D, bool MAX> __device__ inline void scores(const Argument
             if (direct && mean && t >= mean_rest) mean[t] = 0.0f;
         }
     }
+    // What is not scored.
+#pragma unroll 1
+    for (i32 t = max(first, end) + threadIdx.x; t < limit && direct; t += blockDim.x) {
+        out[t] = 0.0f;
+        if (mean) mean[t] = 0.0f;
+    }
 }
+
 
 // Partial results of a segment at its slots: planes [unit][split], then as many for the means.
 extern "C" __global__ void __launch_bounds__(256)
@@ -428,19 +435,19 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-#define WINDOW_ATTENTION(KIND, NAME, BODY)                                                                             \
-    extern "C" __global__ void __launch_bounds__(128, 2) window_attention_##KIND##_##NAME(                             \
+#define WINDOW_ATTENTION(KIND, NAME, BLOCKS, BODY)                                                                     \
+    extern "C" __global__ void __launch_bounds__(128, BLOCKS) window_attention_##KIND##_##NAME(                        \
         const Segment* segments, const Query* queries, const Rows* keys, const u32* pages, const u32* lengths,         \
         const u32* ends, float4* stats, float* const* out, float* const* means, float* planes, u32 chunk, u32 radius,  \
         u32 gap, u32 flags) {                                                                                          \
         BODY({segments, queries, keys, pages, lengths, ends, stats, out, means, planes, chunk, radius, gap, flags});   \
     }
-#define ALL_KINDS(NAME, TYPE, DIM)                                                                                     \
-    WINDOW_ATTENTION(lse, NAME, (row_sums<TYPE, DIM>))                                                                 \
-    WINDOW_ATTENTION(sum, NAME, (scores<TYPE, DIM, false>))                                                            \
-    WINDOW_ATTENTION(max, NAME, (scores<TYPE, DIM, true>))
+#define ALL_KINDS(NAME, BLOCKS, TYPE, DIM)                                                                             \
+    WINDOW_ATTENTION(lse, NAME, BLOCKS, (row_sums<TYPE, DIM>))                                                         \
+    WINDOW_ATTENTION(sum, NAME, BLOCKS, (scores<TYPE, DIM, false>))                                                    \
+    WINDOW_ATTENTION(max, NAME, BLOCKS, (scores<TYPE, DIM, true>))
 
-ALL_KINDS(64, Bits16, 64)
-ALL_KINDS(128, Bits16, 128)
-ALL_KINDS(256, Bits16, 256)
-ALL_KINDS(f32, F32, 256)
+ALL_KINDS(64, 3, Bits16, 64)
+ALL_KINDS(128, 3, Bits16, 128)
+ALL_KINDS(256, 2, Bits16, 256)
+ALL_KINDS(f32, 3, F32, 256)

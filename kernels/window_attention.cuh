@@ -97,6 +97,14 @@ template <u32 D> struct Tile<F32, D> {
     static constexpr u32 CHUNKS = D * 4 / 16, STRIDE = CHUNKS + 1, STAGES = 1, KEYS = 16;
 };
 
+// Address of the query row that a lane looks after, 0 in warps without rows.
+__device__ inline u64 row_of_lane(const Block& block, const Segment& segment, const Query* queries, const u32* pages) {
+    if (!block.has(warp_id())) return 0;
+    u32 index = block.index(warp_id(), lane_id());
+    const Query& query = queries[segment.query + index / segment.window];
+    return reinterpret_cast<u64>(query.rows.at(query.first + index % segment.window, pages));
+}
+
 // 32 query rows of a warp, in registers. After a product, element e of fragment (m, n) is row lane / 4 + 8 * r of them,
 // r = 2 * m + e / 2, and key 8 * n + 2 * (lane % 4) + e % 2 of the 16.
 template <class T, u32 D> struct Queries {
@@ -104,35 +112,33 @@ template <class T, u32 D> struct Queries {
     bool half;
     static constexpr u32 STRIDE = Tile<T, D>::STRIDE;
 
-    // Rows pass through the ring, as many at a time as it holds.
+    // Rows pass through the ring, those of as many warps at a time as it holds.
     template <u32 RING>
     __device__ void load(uint4* ring, const Block& block, const Segment& segment, const Query* queries,
                          const u32* pages, u32 flags) {
         constexpr u32 CHUNKS = Tile<T, D>::CHUNKS;
         half = flags & HALF;
+        u64 mine = row_of_lane(block, segment, queries, pages);
 #pragma unroll 1
         for (u32 from = 0; from < blockDim.x; from += RING) {
             __syncthreads();
+            u32 place = warp_id() * ROWS - from;
+            if (place >= RING || !block.has(warp_id())) continue;
+            uint4* rows = ring + place * STRIDE;
 #pragma unroll 1
-            for (u32 i = threadIdx.x; i < min(RING, blockDim.x) * CHUNKS; i += blockDim.x) {
-                u32 row = from + i / CHUNKS, chunk = i % CHUNKS;
-                if (row >= blockDim.x || !block.has(row / ROWS)) continue;
-                u32 index = block.index(row / ROWS, row % ROWS);
-                const Query& query = queries[segment.query + index / segment.window];
-                const char* address = query.rows.at(query.first + index % segment.window, pages);
-                copy_async(ring + i / CHUNKS * STRIDE + chunk, address + chunk * 16, chunk < segment.chunks);
+            for (u32 i = lane_id(); i < ROWS * CHUNKS; i += 32) {
+                u32 row = i / CHUNKS, chunk = i % CHUNKS;
+                u64 address = __shfl_sync(ALL_LANES, mine, row) + chunk * 16;
+                copy_async(rows + row * STRIDE + chunk, reinterpret_cast<const void*>(address), chunk < segment.chunks);
             }
             commit_copies();
             wait_copies<0>();
-            __syncthreads();
-            u32 mine = warp_id() * ROWS - from;
-            if (mine < RING && block.has(warp_id())) {
-                const uint4* row = ring + (mine + lane_id() % 16) * STRIDE + lane_id() / 16;
+            __syncwarp();
+            const uint4* row = rows + lane_id() % 16 * STRIDE + lane_id() / 16;
 #pragma unroll
-                for (u32 k = 0; k < D / 16; ++k) {
-                    load_matrices(a[0][k], row + 2 * k);
-                    load_matrices(a[1][k], row + 2 * k + 16 * STRIDE);
-                }
+            for (u32 k = 0; k < D / 16; ++k) {
+                load_matrices(a[0][k], row + 2 * k);
+                load_matrices(a[1][k], row + 2 * k + 16 * STRIDE);
             }
         }
         __syncthreads();
@@ -171,12 +177,10 @@ template <u32 D> struct Queries<F32, D> {
         __syncthreads();
         if (!block.has(warp_id())) return;
         before = segment.scale;
-        u32 index = block.index(warp_id(), lane_id());
-        const Query& query = queries[segment.query + index / segment.window];
-        u64 address = reinterpret_cast<u64>(query.rows.at(query.first + index % segment.window, pages));
+        u64 mine = row_of_lane(block, segment, queries, pages);
 #pragma unroll
         for (u32 r = 0; r < 4; ++r)
-            rows[r] = reinterpret_cast<const float4*>(__shfl_sync(ALL_LANES, address, lane_id() / 4 + 8 * r));
+            rows[r] = reinterpret_cast<const float4*>(__shfl_sync(ALL_LANES, mine, lane_id() / 4 + 8 * r));
     }
 
     __device__ void multiply(float (&c)[2][2][4], const uint4* keys, u32 chunks) const {

@@ -52,9 +52,10 @@
 //!   your own is one `impl`.
 //! * [`Planner`] takes layers one by one, for one sequence or many, and may evict as they come ([`Planner::cascade`]).
 //! * [`cache`] holds what is left, flat or in pages; [`backend::Backend::attend`] attends over it; [`Trigger`] says when to compress again.
-//! * [`backend`] is the seam for devices. The CPU is the one there is in this version.
+//! * [`backend`] is the seam for devices: the CPU, and with feature `cuda` NVIDIA GPUs.
 //!
-//! Features: `serde` (plans, reports and policies can be written and read).
+//! Features: `cuda` (the CUDA backend; builds without nvcc and without a GPU), `serde` (plans, reports and policies can be
+//! written and read).
 
 pub mod allocate;
 pub mod backend;

@@ -3,7 +3,7 @@
 use super::driver::Ptr;
 use super::floats::Table;
 use super::gather::{Held, Source, grid};
-use super::launch::Kernel;
+use super::launch::{Grid, Kernel};
 use super::views::{HeadRows, Heads, aligned};
 use super::{Cuda, DeviceSlice};
 use crate::error::Result;
@@ -18,8 +18,12 @@ type Append = (
 );
 const APPEND: Kernel<Append> = Kernel::new("append", "append");
 
+/// Address, strides, where to and how far apart; the same of another tensor; heads.
+type Lend = (u64, i64, i64, Ptr<u8>, u32, u64, i64, i64, Ptr<u8>, u32, u32);
+const LEND: Kernel<Lend> = Kernel::new("append", "lend");
+
 /// Address, bytes from a head to the next, bytes from a row to the next.
-type Strided = (u64, i64, i64);
+pub(super) type Strided = (u64, i64, i64);
 
 /// Rows at fixed strides as arguments; `None` if they are ragged or paged.
 pub(super) fn strided(
@@ -72,7 +76,21 @@ fn launch(
     APPEND.launch(&cuda.driver, "", grid(tokens, cache.heads, cache.units), arguments)
 }
 
+/// Describes rows at fixed strides on the device: a [`HeadRows`] of each head every `pitch` bytes from `to` on, of one
+/// tensor or two. One launch.
+pub(super) fn lend(
+    cuda: &Cuda,
+    heads: usize,
+    (a, to, pitch): (Strided, Ptr<u8>, usize),
+    other: Option<(Strided, Ptr<u8>, usize)>,
+) -> Result<()> {
+    let (b, other_to, other_pitch) = other.unwrap_or(((0, 0, 0), Ptr::NULL, 0));
+    let (pitch, other_pitch) = (pitch as u32, other_pitch as u32);
+    let arguments = (a.0, a.1, a.2, to, pitch, b.0, b.1, b.2, other_to, other_pitch, heads as u32);
+    LEND.launch(&cuda.driver, "", Grid::new(heads.div_ceil(256), 1, 256), arguments)
+}
+
 #[cfg(test)]
 pub(super) fn signatures() -> Vec<super::ptx::tests::Signature> {
-    vec![(&APPEND).into()]
+    vec![(&APPEND).into(), (&LEND).into()]
 }

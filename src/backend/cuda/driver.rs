@@ -223,12 +223,6 @@ impl Memory {
         Ok(Self { address, bytes, driver })
     }
 
-    pub(super) fn zeroed(driver: &Arc<Driver>, what: &'static str, bytes: usize) -> Result<Self> {
-        let memory = Self::new(driver, what, bytes)?;
-        memory.clear(0, bytes)?;
-        Ok(memory)
-    }
-
     /// Zeroes some bytes.
     pub(super) fn clear(&self, offset: usize, bytes: usize) -> Result<()> {
         assert!(offset + bytes <= self.bytes, "clearing stays inside");

@@ -19,6 +19,7 @@ pub(super) const FILES: &[(&str, &str)] = files! {
     "rank"
     "rows"
     "top_k"
+    "top_k_emit"
     "value_norm"
     "window_attention"
 };

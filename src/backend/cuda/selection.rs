@@ -1,5 +1,5 @@
-//! Exact selection on device pointers: tables that the host makes once, and launches of `kernels/top_k.cu` that allocate
-//! nothing and wait for nothing.
+//! Exact selection on device pointers: tables that the host makes once, and launches of `kernels/top_k.cu` and
+//! `kernels/top_k_emit.cu` that allocate nothing and wait for nothing.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -31,7 +31,7 @@ type Level = (
 const LEVEL: Kernel<Level> = Kernel::new("top_k", "top_k_level");
 /// Lengths, segments, cuts, tallies, marks, candidates, status of tiles, positions.
 type Emit = (Ptr<u32>, Ptr<Segment>, Ptr<Cut>, Ptr<u8>, Ptr<u32>, Ptr<u32>, Ptr<u64>, Ptr<u32>);
-const EMIT: Kernel<Emit> = Kernel::new("top_k", "top_k_emit");
+const EMIT: Kernel<Emit> = Kernel::new("top_k_emit", "top_k_emit");
 
 const THREADS: u32 = 256;
 /// Slots of a tile, bins of a histogram, words of marks per tile, bytes of a tally: as the kernels have them.
@@ -57,7 +57,7 @@ impl From<std::ops::Range<u32>> for Span {
     }
 }
 
-/// The twin of `Segment` in `kernels/top_k.cu`.
+/// The twin of `Segment` in `kernels/top_k.cuh`.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct Segment {

@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::ragged::Ragged;
 
 /// Rows, cuts, positions.
-const PIN: Kernel<(Ptr<Ptr<f32>>, Ptr<Cut>, Ptr<u32>)> = Kernel::new("top_k", "top_k_pin");
+const PIN: Kernel<(Ptr<Ptr<f32>>, Ptr<Cut>, Ptr<u32>)> = Kernel::new("top_k_emit", "top_k_pin");
 /// Slots that a block pins.
 const PINS: u32 = 1024;
 
@@ -47,6 +47,11 @@ impl Selection {
     /// Slots of each segment, and how many it keeps at most: what the host knows without asking.
     pub(super) fn segments(&self) -> &[(u32, u32)] {
         &self.segments
+    }
+
+    /// Slots that each segment keeps at most: what caches must have room for, as far as the host knows.
+    pub fn bounds(&self) -> impl ExactSizeIterator<Item = u32> + '_ {
+        self.segments.iter().map(|&(_, most)| most)
     }
 
     pub(super) fn counts(&self) -> Result<Vec<u32>> {

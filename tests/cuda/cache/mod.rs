@@ -1,11 +1,17 @@
 //! Caches on the device against those on the host, and what only a device has: counters instead of errors, graphs.
 
+mod decode;
+pub mod drives;
 mod errors;
 mod histories;
+mod selected;
 
 use kvbudget::backend::cpu::{Cpu, HostLayer, HostSlice};
-use kvbudget::backend::cuda::cache::{FlatCache, Order, PagePool, PagedCache, Snapshot};
-use kvbudget::backend::cuda::{Cuda, DeviceLayer, DeviceSlice};
+use kvbudget::backend::cuda::cache::{
+    FlatCache, Order, PagePool, PagedCache, Recompress, Recompression, Share, Snapshot, Workspace,
+};
+use kvbudget::backend::cuda::{Cuda, DeviceLayer, DeviceSlice, Floats, Selection};
+use kvbudget::backend::ops::Attend;
 use kvbudget::{Dtype, LayerShape, LayerView, Position, Ragged, Result, Rows, cache};
 use kvbudget_testkit::data::{Place, Tensor, with_rows};
 
@@ -53,15 +59,20 @@ impl Shape {
 /// A position with the bytes of its key and value rows.
 pub type Row = (Position, Vec<u8>, Vec<u8>);
 
+/// Some elements as they are in memory.
+pub fn bytes_of(elements: HostSlice<'_>, at: std::ops::Range<usize>) -> Vec<u8> {
+    match elements {
+        HostSlice::F32(e) => e[at].iter().flat_map(|x| x.to_ne_bytes()).collect(),
+        HostSlice::F16(e) => e[at].iter().flat_map(|x| x.to_ne_bytes()).collect(),
+        HostSlice::BF16(e) => e[at].iter().flat_map(|x| x.to_ne_bytes()).collect(),
+    }
+}
+
 /// What each head of a host cache holds.
 pub fn host_rows(view: &HostLayer<'_>) -> Vec<Vec<Row>> {
-    let bytes = |rows: &Rows<'_, HostSlice<'_>>, h, s| -> Vec<u8> {
-        let at = rows.start(h, s)..rows.start(h, s) + rows.dim();
-        match rows.storage() {
-            HostSlice::F32(e) => e[at].iter().flat_map(|x| x.to_ne_bytes()).collect(),
-            HostSlice::F16(e) => e[at].iter().flat_map(|x| x.to_ne_bytes()).collect(),
-            HostSlice::BF16(e) => e[at].iter().flat_map(|x| x.to_ne_bytes()).collect(),
-        }
+    let bytes = |rows: &Rows<'_, HostSlice<'_>>, h, s| {
+        let start = rows.start(h, s);
+        bytes_of(rows.storage(), start..start + rows.dim())
     };
     let positions = view.positions().unwrap();
     let row = |h: usize, s: usize| (positions[h][s], bytes(view.k(), h, s), bytes(view.v(), h, s));
@@ -137,6 +148,53 @@ impl Cache {
         match self {
             Self::Flat(cache) => cache.append(k, v),
             Self::Paged(cache, pool) => cache.append(pool, k, v),
+        }
+    }
+
+    pub fn compact_selected(&mut self, selection: &Selection, order: Order) -> Result<()> {
+        match self {
+            Self::Flat(cache) => cache.compact_selected(selection, 0, order),
+            Self::Paged(cache, pool) => cache.compact_selected(pool, selection, 0, order),
+        }
+    }
+
+    pub fn attend_bytes(&self, query_heads: usize, tokens: u32) -> usize {
+        match self {
+            Self::Flat(cache) => cache.attend_bytes(query_heads, tokens),
+            Self::Paged(cache, _) => cache.attend_bytes(query_heads, tokens),
+        }
+        .unwrap()
+    }
+
+    pub fn attend(
+        &self,
+        op: &Attend,
+        q: &Rows<'_, DeviceSlice<'_>>,
+        out: &mut Floats,
+        lse: Option<&mut Floats>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        match self {
+            Self::Flat(cache) => cache.attend(op, q, out, lse, workspace),
+            Self::Paged(cache, pool) => cache.attend(pool, op, q, out, lse, workspace),
+        }
+    }
+
+    pub fn recompression(&self, config: &Recompress, query_heads: usize) -> Result<Recompression> {
+        match self {
+            Self::Flat(cache) => cache.recompression(config, query_heads),
+            Self::Paged(cache, _) => cache.recompression(config, query_heads),
+        }
+    }
+
+    pub fn recompress(
+        &mut self,
+        q: &Rows<'_, DeviceSlice<'_>>,
+        with: &mut Recompression,
+    ) -> Result<()> {
+        match self {
+            Self::Flat(cache) => cache.recompress(q, with),
+            Self::Paged(cache, pool) => cache.recompress(pool, q, with),
         }
     }
 

@@ -6,7 +6,13 @@
 //! any white space, and `$1` to `$9` match one operand, so that an edit names no register. The number of its
 //! occurrences is part of it: an edit that no longer fits the PTX fails loudly.
 
+mod append;
+mod attend;
+mod compact;
 mod edit;
+mod gather;
+mod key_scores;
+mod lag;
 mod pool;
 mod rank;
 mod rows;
@@ -47,6 +53,12 @@ pub struct Mutant {
 }
 
 const MUTANTS: &[&[Mutant]] = &[
+    append::MUTANTS,
+    attend::MUTANTS,
+    compact::MUTANTS,
+    gather::MUTANTS,
+    key_scores::MUTANTS,
+    lag::MUTANTS,
     pool::MUTANTS,
     rank::MUTANTS,
     rows::MUTANTS,

@@ -1,4 +1,4 @@
-//! Seeded bugs of `top_k.cu` and `mass_count.cu`.
+//! Seeded bugs of `top_k.cu`, `top_k_emit.cu` and `mass_count.cu`.
 
 use simcuda::Class::*;
 
@@ -21,11 +21,9 @@ mutants! {
         "top_k_level_0": "counting without atomics",
             [0..16, 16] "atom.shared.add.u32 $1, [$2], 1;" => PLAIN_SHARED; RACE;
         "top_k_level_0": "the zeros are two",
-            [0..16, 16] "add.f32 $1, $2, 0f00000000;" => "mov.f32 $1, $2;"; Reference;
+            [0..16, 16] "add.f32 $1, $2, 0f00000000;" => "mov.f32 $1, $2;"; By(OutOfBounds), Reference;
         "top_k_level_1": "marks of a warp's first lanes only",
             [0..1, 32] "vote.sync.ballot.b32 $1, $2, $3;" => SEVEN_LANES; By(BadMask), By(Deadlock);
-        "top_k_emit": "no barrier before the positions leave",
-            [3..4, 4] "bar.sync 0;" => ""; UNINITIALISED, RACE;
     }
     "top_k", top_k::tiles => {
         "top_k_level_0": "a histogram flushed without atomics",
@@ -34,6 +32,12 @@ mutants! {
             [0..1, 2] "atom.acq_rel" => "atom.relaxed"; RACE;
         "top_k_level_2": "a contest decided before all its segments are there",
             [1..2, 2] "atom.acq_rel" => "atom.relaxed"; RACE;
+    }
+    "top_k_emit", top_k_golden::cases => {
+        "top_k_emit": "no barrier before the positions leave",
+            [3..4, 4] "bar.sync 0;" => ""; UNINITIALISED, RACE;
+    }
+    "top_k_emit", top_k::tiles => {
         "top_k_emit": "plain stores of the tiles' states", [0..2, 2] "st.relaxed.gpu" => "st"; RACE;
         "top_k_emit": "plain loads of the tiles' states", [0..1, 1] "ld.relaxed.gpu" => "ld"; RACE;
         "top_k_emit": "states never published",
@@ -42,7 +46,7 @@ mutants! {
             [0..1, 2] "redux.sync.add.u32 $1, $2, $3;" => "redux.sync.add.u32 $1, $2, 65535;";
             By(BadMask);
     }
-    "top_k", top_k::pins => {
+    "top_k_emit", top_k::pins => {
         "top_k_pin": "pins one slot to the right",
             [0..1, 1] "st.global.u32 [$1], $2;" => "st.global.u32 [$1+4], $2;";
             By(OutOfBounds), Reference;

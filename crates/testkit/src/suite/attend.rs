@@ -160,6 +160,57 @@ pub fn storage<D: TestDevice>(device: &D) {
     }
 }
 
+/// 16-bit head dims that are and that are not what tensor cores are given.
+pub fn dims<D: TestDevice>(device: &D) {
+    for dtype in [Dtype::F16, Dtype::BF16] {
+        for dim in [8, 56, 64, 72, 96, 128, 136, 256] {
+            let base = Sequence { dim, dtype, lens: vec![70; 2], ..Sequence::default() };
+            check_one(device, &base);
+            check_one(device, &Sequence { queries: 3, place: Place::Paged { page: 5 }, ..base });
+        }
+    }
+    check_one(device, &Sequence { dim: 256, lens: vec![70; 2], queries: 3, ..Sequence::default() });
+}
+
+/// More query rows than a block takes, and one too few; queries that see nothing.
+pub fn row_blocks<D: TestDevice>(device: &D) {
+    for dtype in DTYPES {
+        for (group, queries) in [(16, 1), (8, 1), (5, 3), (17, 1), (16, 3), (5, 7), (1, 70)] {
+            let lens = vec![70, 90];
+            let place = Place::Ragged { slack: 1 };
+            let base = Sequence { lens, place, group, queries, dtype, ..Sequence::default() };
+            check_one(device, &base);
+            if queries > 1 {
+                let lens = vec![queries - 1, queries];
+                check_one(device, &Sequence { lens, ..base });
+            }
+        }
+    }
+}
+
+/// Segments that are cut into chunks, beside empty ones, ones that end with a chunk and ones that hardly begin one; more
+/// segments than a block has threads, and more work than there are blocks.
+pub fn splits<D: TestDevice>(device: &D) {
+    for dtype in DTYPES {
+        let place = Place::Paged { page: 16 };
+        let base = Sequence { dim: 64, place, dtype, ..Sequence::default() };
+        for lens in [vec![0, 600, 257, 1, 1025], vec![512, 0, 0, 256, 513], vec![0]] {
+            check_one(device, &Sequence { lens, ..base.clone() });
+        }
+        let lens = vec![258, 3, 770];
+        check_one(device, &Sequence { lens, queries: 4, group: 5, ..base.clone() });
+        check_one(device, &Sequence { lens: vec![2100], dim: 128, group: 1, ..base });
+    }
+    let place = Place::Ragged { slack: 0 };
+    for dtype in DTYPES {
+        let lens = (0..1100).map(|head| head % 3).collect();
+        check_one(
+            device,
+            &Sequence { lens, place, group: 1, dim: 8, dtype, ..Sequence::default() },
+        );
+    }
+}
+
 /// Heads of one layer that hold different numbers of slots: long enough to split, and a single one.
 pub fn ragged_heads<D: TestDevice>(device: &D) {
     for place in [Place::Ragged { slack: 7 }, Place::Paged { page: 16 }] {
@@ -204,19 +255,30 @@ pub fn peaky<D: TestDevice>(device: &D) {
     }
 }
 
-/// A NaN reaches the queries that see it; a token after them has none to spoil.
+/// A NaN or an infinity reaches the queries that see it; a token after them has none to spoil.
 pub fn non_finite<D: TestDevice>(device: &D) {
-    let [q, k, v] = Sequence { queries: 3, ..Sequence::default() }.build(1);
-    let mut nan_at = [1.0; 16];
-    nan_at[5] = f64::NAN;
-    for row in [0, 20, 35, 36] {
-        let bad_k = k.with_row_scaled(1, row, &nan_at);
-        check(device, ("NaN key", row), &scale(16), &[[q.clone(), bad_k, v.clone()]]);
-        let bad_v = v.with_row_scaled(0, row, &nan_at);
-        check(device, ("NaN value", row), &scale(16), &[[q.clone(), k.clone(), bad_v]]);
+    for (dtype, bad) in DTYPES.into_iter().flat_map(|d| [(d, f64::NAN), (d, f64::INFINITY)]) {
+        let base = Sequence { queries: 3, dtype, ..Sequence::default() };
+        let [q, k, v] = base.build(1);
+        let mut factors = [1.0; 16];
+        factors[5] = bad;
+        for row in [0, 20, 35, 36] {
+            let case = |of: &str| format!("{dtype} {of} {bad}, slot {row}");
+            let bad_k = k.with_row_scaled(1, row, &factors);
+            check(device, case("key"), &scale(16), &[[q.clone(), bad_k, v.clone()]]);
+            let bad_v = v.with_row_scaled(0, row, &factors);
+            check(device, case("value"), &scale(16), &[[q.clone(), k.clone(), bad_v]]);
+        }
+        let bad_q = q.with_row_scaled(2, 1, &factors);
+        check(device, format!("{dtype} query {bad}"), &scale(16), &[[bad_q, k, v]]);
+        // In the second chunk of a segment, and in the last slot of all.
+        let [q, k, v] = Sequence { lens: vec![290; 2], ..base }.build(1);
+        for row in [280, 289] {
+            let bad_v = v.with_row_scaled(1, row, &factors);
+            let case = format!("{dtype} value {bad}, slot {row} of 290");
+            check(device, case, &scale(16), &[[q.clone(), k.clone(), bad_v]]);
+        }
     }
-    let bad_q = q.with_row_scaled(2, 1, &nan_at);
-    check(device, "NaN query", &scale(16), &[[bad_q, k, v]]);
 }
 
 /// Tensors and outputs that do not fit each other.

@@ -72,7 +72,7 @@ pub fn wide<D: TestDevice>(device: &D) {
     }
 }
 
-/// Keys whose squares no f32 holds: norms grow with them, directions stay.
+/// Keys whose squares no f32 holds: norms go with them, and the directions of large ones stay. Small ones have none.
 pub fn magnitudes<D: TestDevice>(device: &D) {
     for (dtype, factor) in [Dtype::F32, Dtype::BF16]
         .into_iter()
@@ -92,9 +92,11 @@ pub fn magnitudes<D: TestDevice>(device: &D) {
         let got = scored(device, &layers, |backend, views, out| backend.key_norm(views, out));
         norms.check(&(case, "norm"), got, Scale::Element);
 
-        let plain = Expected::of_heads(&[plain], difference, difference);
-        let got = scored(device, &layers, |backend, views, out| backend.key_diff(views, out));
-        plain.check(&(case, "difference"), got, Scale::Row);
+        if factor > 1.0 {
+            let plain = Expected::of_heads(&[plain], difference, difference);
+            let got = scored(device, &layers, |backend, views, out| backend.key_diff(views, out));
+            plain.check(&(case, "difference"), got, Scale::Row);
+        }
     }
 }
 

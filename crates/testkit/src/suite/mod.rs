@@ -28,7 +28,7 @@ use crate::naive::Matrix;
 macro_rules! for_each_case {
     ($then:ident, $($args:tt)*) => {
         $crate::$then! { $($args)*;
-            attend: lengths queries shapes storage ragged_heads batches peaky non_finite errors;
+            attend: lengths queries shapes storage dims row_blocks ragged_heads splits batches peaky non_finite errors;
             key_scores: norms differences storage wide magnitudes no_direction non_finite recency random errors;
             lag: cross_scores ranks storage wide ties short_heads flat_channels non_finite errors;
             pool: averages maxima non_finite errors;

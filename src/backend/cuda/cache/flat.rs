@@ -5,9 +5,12 @@
 
 use super::super::driver::Memory;
 use super::super::views::HeadRows;
-use super::super::{Cuda, DeviceLayer, DeviceSlice, Selection};
+use super::super::{Cuda, DeviceLayer, DeviceSlice, Floats, Selection};
+use super::attend::Workspace;
+use super::recompress::{Recompress, Recompression};
 use super::slots::{self, Chosen, Order, Places, Slots};
 use super::snapshot::{Place, Snapshot};
+use crate::backend::ops::Attend;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::ids::Position;
@@ -134,6 +137,51 @@ impl FlatCache {
         v: &Rows<'_, DeviceSlice<'_>>,
     ) -> Result<()> {
         self.slots.append(k, v)
+    }
+
+    /// Bytes of workspace that [`Self::attend`] needs for `tokens` queries of each of `query_heads` heads: the same at every
+    /// step, whatever the lengths.
+    ///
+    /// Errors: query heads that are no positive multiple of the cache's heads.
+    pub fn attend_bytes(&self, query_heads: usize, tokens: u32) -> Result<usize> {
+        self.slots.attend_bytes(query_heads, tokens)
+    }
+
+    /// Attention of queries `[Hq, M, D]` at fixed strides, of the newest `M` tokens, over what the cache holds when the
+    /// stream gets there: as [`Backend::attend`](crate::backend::Backend::attend), `out` has `Hq` rows of `M·D`, `lse`,
+    /// if given, `Hq` rows of `M`. Launches only: it may be captured, and replayed while lengths grow.
+    ///
+    /// Errors: shapes or dtypes that do not fit, head dims beyond 256, a workspace below [`Self::attend_bytes`].
+    pub fn attend(
+        &self,
+        op: &Attend,
+        q: &Rows<'_, DeviceSlice<'_>>,
+        out: &mut Floats,
+        lse: Option<&mut Floats>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        self.slots.attend(op, q, out, lse, workspace)
+    }
+
+    /// Prepares [`Self::recompress`], for this cache and others of the same shape and capacities.
+    ///
+    /// Errors: parameters without a meaning, a budget below what is protected and the floors; more than the device's
+    /// memory or the kernels' limits.
+    pub fn recompression(&self, config: &Recompress, query_heads: usize) -> Result<Recompression> {
+        self.slots.recompression(config, query_heads)
+    }
+
+    /// Thins the cache by the scores that the queries `[Hq, ≥ window, D]` of the newest tokens give its slots; their order
+    /// stays. A cache within the budget stays as it is. Launches only, as [`Self::attend`].
+    ///
+    /// Errors: shapes or dtypes that do not fit, fewer queries than the window, a recompression for other capacities,
+    /// slots in no order.
+    pub fn recompress(
+        &mut self,
+        q: &Rows<'_, DeviceSlice<'_>>,
+        with: &mut Recompression,
+    ) -> Result<()> {
+        self.slots.recompress(q, with)
     }
 
     /// Waits for the stream, and says whether anything found no room since the cache was made or repacked.

@@ -8,14 +8,18 @@
 //! An error leaves everything as it was. What only the device can see, tokens without room, changes nothing there
 //! either, and is counted: [`FlatCache::check`] tells.
 
+mod attend;
 mod flat;
 mod paged;
 mod pool;
+mod recompress;
 mod slots;
 mod snapshot;
 
+pub use attend::Workspace;
 pub use flat::FlatCache;
 pub use paged::PagedCache;
 pub use pool::PagePool;
+pub use recompress::{Recompress, Recompression, Share};
 pub use slots::Order;
 pub use snapshot::Snapshot;

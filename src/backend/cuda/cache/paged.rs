@@ -9,10 +9,13 @@ use std::sync::Arc;
 
 use super::super::gather::Kept;
 use super::super::views::HeadRows;
-use super::super::{DeviceLayer, DeviceSlice, Selection};
+use super::super::{DeviceLayer, DeviceSlice, Floats, Selection};
+use super::attend::Workspace;
 use super::pool::PagePool;
+use super::recompress::{Recompress, Recompression};
 use super::slots::{self, Chosen, Order, Places, Slots};
 use super::snapshot::{Place, Snapshot};
+use crate::backend::ops::Attend;
 use crate::cache::slots::expect;
 use crate::error::{Error, Result};
 use crate::ids::{KvHead, Position};
@@ -25,8 +28,8 @@ use crate::view::Rows;
 #[must_use = "its pages stay taken until `release`"]
 pub struct PagedCache {
     tables: Vec<Vec<u32>>,
-    /// Slots that each head may ever reach, and the first entry of its table among all.
-    limits: Vec<(u32, usize)>,
+    /// First entry of each head's table among all; there is room for pages of its bound.
+    firsts: Vec<usize>,
     page: u32,
     slots: Slots,
     pool: Arc<()>,
@@ -82,14 +85,14 @@ impl PagedCache {
         pool.check_free(capacity.iter().map(|&n| pages(n) as u64).sum())?;
         let tables: Vec<Vec<u32>> =
             capacity.iter().map(|&n| pool.take(pages(n)).collect()).collect();
-        let (mut limits, mut first) = (Vec::new(), 0);
-        for (&n, table) in capacity.iter().zip(&tables) {
-            limits.push((n, first));
-            first += table.len();
+        let (mut firsts, mut end) = (Vec::new(), 0);
+        for table in &tables {
+            firsts.push(end);
+            end += table.len();
         }
         let row = slots::row_bytes(dtype, pool.dim());
         let heads = |address: u64| {
-            limits.iter().map(|&(_, first)| HeadRows::paged(address, row, page, first)).collect()
+            firsts.iter().map(|&first| HeadRows::paged(address, row, page, first)).collect()
         };
         let places = Places {
             keys: heads(pool.k().address()),
@@ -99,7 +102,7 @@ impl PagedCache {
         let made = Slots::new(&pool.cuda, (dtype, pool.dim()), view.tokens(), capacity, &places)
             .and_then(|slots| slots.fill_from(view, kept).map(|()| slots));
         match made {
-            Ok(slots) => Ok(Self { tables, limits, page, slots, pool: Arc::clone(pool.tag()) }),
+            Ok(slots) => Ok(Self { tables, firsts, page, slots, pool: Arc::clone(pool.tag()) }),
             Err(error) => {
                 pool.give(places.pages);
                 Err(error)
@@ -144,7 +147,7 @@ impl PagedCache {
         self.check_pool(pool)?;
         let lens = self.slots.lens()?;
         let mut wanted = Vec::with_capacity(lens.len());
-        for (h, (&len, &(limit, _))) in lens.iter().zip(&self.limits).enumerate() {
+        for (h, (&len, &limit)) in lens.iter().zip(&self.slots.bounds).enumerate() {
             if u64::from(len) + u64::from(slack) > u64::from(limit) {
                 let (head, len, capacity) = (KvHead(h as u32), len.into(), limit.into());
                 return Err(Error::CacheFull { head, len, capacity, new: slack.into() });
@@ -161,7 +164,7 @@ impl PagedCache {
         for (h, (table, &pages)) in self.tables.iter_mut().zip(&wanted).enumerate() {
             table.extend(pool.take(pages - table.len()));
             let slots = u64::from(self.page) * pages as u64;
-            self.slots.capacity[h] = slots.min(self.limits[h].0.into()) as u32;
+            self.slots.capacity[h] = slots.min(self.slots.bounds[h].into()) as u32;
         }
         self.write_places()
     }
@@ -179,7 +182,7 @@ impl PagedCache {
     }
 
     fn write_places(&self) -> Result<()> {
-        let starts = self.limits.iter().map(|&(_, first)| first);
+        let starts = self.firsts.iter().copied();
         let tables: Vec<(usize, &[u32])> =
             starts.zip(self.tables.iter().map(Vec::as_slice)).collect();
         self.slots.write_places(&tables)
@@ -200,6 +203,57 @@ impl PagedCache {
     ) -> Result<()> {
         self.check_pool(pool)?;
         self.slots.append(k, v)
+    }
+
+    /// Bytes of workspace that [`Self::attend`] needs for `tokens` queries of each of `query_heads` heads: the same at every
+    /// step, whatever the lengths.
+    ///
+    /// Errors: query heads that are no positive multiple of the cache's heads.
+    pub fn attend_bytes(&self, query_heads: usize, tokens: u32) -> Result<usize> {
+        self.slots.attend_bytes(query_heads, tokens)
+    }
+
+    /// Attention of queries `[Hq, M, D]` at fixed strides, of the newest `M` tokens, over what the cache holds when the
+    /// stream gets there: as [`Backend::attend`](crate::backend::Backend::attend), `out` has `Hq` rows of `M·D`, `lse`,
+    /// if given, `Hq` rows of `M`. Launches only: it may be captured, and replayed while lengths grow.
+    ///
+    /// Errors: shapes or dtypes that do not fit, head dims beyond 256, a workspace below [`Self::attend_bytes`],
+    /// another pool.
+    pub fn attend(
+        &self,
+        pool: &PagePool,
+        op: &Attend,
+        q: &Rows<'_, DeviceSlice<'_>>,
+        out: &mut Floats,
+        lse: Option<&mut Floats>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        self.check_pool(pool)?;
+        self.slots.attend(op, q, out, lse, workspace)
+    }
+
+    /// Prepares [`Self::recompress`], for this cache and others of the same shape and capacities.
+    ///
+    /// Errors: parameters without a meaning, a budget below what is protected and the floors; more than the device's
+    /// memory or the kernels' limits.
+    pub fn recompression(&self, config: &Recompress, query_heads: usize) -> Result<Recompression> {
+        self.slots.recompression(config, query_heads)
+    }
+
+    /// Thins the cache by the scores that the queries `[Hq, ≥ window, D]` of the newest tokens give its slots; their order
+    /// stays. A cache within the budget stays as it is. Launches only, as [`Self::attend`].
+    ///
+    /// Errors: shapes or dtypes that do not fit, fewer queries than the window, a recompression for other capacities,
+    /// slots in no order,
+    /// another pool.
+    pub fn recompress(
+        &mut self,
+        pool: &PagePool,
+        q: &Rows<'_, DeviceSlice<'_>>,
+        with: &mut Recompression,
+    ) -> Result<()> {
+        self.check_pool(pool)?;
+        self.slots.recompress(q, with)
     }
 
     /// Waits for the stream, and says whether anything found no room since the cache was made.

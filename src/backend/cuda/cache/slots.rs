@@ -31,8 +31,10 @@ pub(super) struct Slots {
     pub(super) cuda: Cuda,
     pub(super) dtype: Dtype,
     pub(super) dim: u32,
-    /// Slots reserved for each head.
+    /// Slots that each head may reach now.
     pub(super) capacity: Vec<u32>,
+    /// Slots that each head may ever reach: what sizes workspaces and grids, so that captured launches stay right.
+    pub(super) bounds: Vec<u32>,
     /// Whether slots ascend by position.
     ascending: bool,
     positions: Lists,
@@ -86,10 +88,10 @@ impl Slots {
         let bytes = gather::slide_bytes(longest, capacity.len(), units);
         let states = Memory::new(&cuda.driver, "states of a compaction", bytes)?;
         let cuda = cuda.clone();
-        let ascending = true;
+        let (ascending, bounds) = (true, capacity.clone());
         #[rustfmt::skip]
         return Ok(Self {
-            cuda, dtype, dim, capacity, ascending, positions, books, lengths, capacities, counters, keys, values, pages,
+            cuda, dtype, dim, capacity, bounds, ascending, positions, books, lengths, capacities, counters, keys, values, pages,
             states, units,
         });
     }
@@ -144,7 +146,7 @@ impl Slots {
     }
 
     /// Thins the heads in place.
-    fn thin(&mut self, kept: Kept, order: Order) -> Result<()> {
+    pub(super) fn thin(&mut self, kept: Kept, order: Order) -> Result<()> {
         match order {
             Order::Ascending => gather::slide(&self.cuda, self.held(), kept, &self.states),
             Order::Any => {

@@ -35,7 +35,8 @@ fn want(
     };
     let contests: Vec<Contest> = contests.iter().map(clamped).collect();
     let spans = |s: usize| {
-        let resolve = |x: i64| (if x < 0 { i64::from(lens[s]) + 1 + x } else { x }) as u32;
+        let len = i64::from(lens[s]);
+        let resolve = |x: i64| (if x < 0 { len + 1 + x } else { x }).clamp(0, len) as u32;
         let ranges = protected.row(s).iter().map(|p| resolve(p.start)..resolve(p.end));
         ranges.collect::<Vec<Range<u32>>>()
     };
@@ -78,7 +79,11 @@ fn lengths_are_the_devices() {
             let now = Memory::new(&cuda.driver, "lengths", size_of_val(&lens)).expect("lengths");
             now.write(0, &lens).expect("lengths");
             let inputs = Inputs { lengths: now.at(0), ..inputs };
-            let out = |bytes| Memory::zeroed(&cuda.driver, "a selection", bytes).expect("memory");
+            let out = |bytes| {
+                let memory = Memory::new(&cuda.driver, "a selection", bytes).expect("memory");
+                memory.clear(0, bytes).expect("memory");
+                memory
+            };
             let cuts = out(size_of::<Cut>() * shape.segments);
             let positions = out(size_of::<u32>() * shape.positions);
             launch(&cuda, &shape, inputs, cuts.at(0), positions.at(0), workspace.at(0))
