@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
 use kvbudget::backend::Backend;
+use kvbudget::backend::cuda::cache::FlatCache;
 use kvbudget::backend::cuda::{Cuda, DeviceSlice, Tensor};
 use kvbudget::backend::ops::TopK;
 use kvbudget_testkit::data::{Elements, TestDevice};
@@ -94,8 +95,13 @@ fn bench(c: &mut Criterion, cuda: &Cuda) {
     let scores = cuda.upload(scores.collect()).expect("room for scores");
     let (contests, protected) = ([layer.contest()], layer.protected());
     let op = TopK { contests: &contests, protected: &protected };
-    time("selection", Throughput::Bytes(slots * 4 + contests[0].budget * 4), &mut || {
-        cuda.top_k(&op, &[(&scores, 0..HEADS as usize)]).expect("a selection");
+    let budget = contests[0].budget;
+    let select = || cuda.top_k(&op, &[(&scores, 0..HEADS as usize)]).expect("a selection");
+    time("selection", Throughput::Bytes(slots * 4 + budget * 4), &mut || drop(select()));
+
+    let (selection, capacity) = (select(), layer.lens());
+    time("gather, keys and values", Throughput::Bytes(budget * 2 * 2 * ROW), &mut || {
+        FlatCache::gather_selected(cuda, &views[0], &selection, 0, &capacity).expect("a cache");
     });
 
     let mut out = cuda.zeros(&vec![DIM; (HEADS * GROUP) as usize]).expect("room for an output");
