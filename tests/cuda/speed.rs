@@ -11,7 +11,9 @@ use kvbudget::backend::Backend;
 use kvbudget::backend::cuda::cache::FlatCache;
 use kvbudget::backend::ops::{Pool, Pooling, TopK};
 use serde_json::Value;
-use simcuda::{A100_SXM, Checks, Counters, Device, H100_SXM, Installed, Policy, Resource, Roofline};
+use simcuda::{
+    A100_SXM, Checks, Counters, Device, H100_SXM, Installed, Policy, Resource, Roofline,
+};
 
 use crate::device::Gpu;
 use crate::reference::{self, DIM, GROUP, HEADS, HIDDEN, Layer, ROW, SCORING, TOKENS, WINDOW};

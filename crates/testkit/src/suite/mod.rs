@@ -28,15 +28,10 @@ use crate::naive::Matrix;
 macro_rules! for_each_case {
     ($then:ident, $($args:tt)*) => {
         $crate::$then! { $($args)*;
-<<<<<<< HEAD
-            attend: lengths queries shapes storage dims row_blocks ragged_heads splits many_heads batches peaky non_finite errors;
-            key_scores: norms differences storage no_direction non_finite recency random errors;
-            lag: cross_scores ranks storage short_heads flat_channels errors;
-=======
-            attend: lengths queries shapes storage dims row_blocks ragged_heads splits batches peaky non_finite errors;
+            attend: lengths queries shapes storage dims row_blocks ragged_heads splits many_heads batches peaky non_finite
+                errors;
             key_scores: norms differences storage wide magnitudes no_direction non_finite recency random errors;
             lag: cross_scores ranks storage wide ties short_heads flat_channels non_finite errors;
->>>>>>> cuda
             pool: averages maxima non_finite errors;
             rows: containers nan_counts norm_scales mean_floors weights raises ranks long_ranks shared_heads units picks errors;
             top_k: lengths values floors contests tiles parts random_problems pins masses errors;
