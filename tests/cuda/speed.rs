@@ -261,13 +261,17 @@ fn gates(all: &[Measured], manifest: &BTreeMap<String, Value>) {
         );
     };
     let slots = u64::from(HEADS * TOKENS);
-    at_most(SCORES, named(SCORES).read(), slots * ROW, 107);
+    // A block reads 32 KB of queries for 1024 keys of 256 bytes. Twice as many keys would be 1.07 and leave half of the
+    // multiprocessors' places empty at this length; at 128k tokens blocks are that long. DRAM gives queries once.
+    at_most(SCORES, named(SCORES).read(), slots * ROW, 115);
     at_most(SCORES, named(SCORES).dram(), named(SCORES).ideal, 101);
-    at_most(SELECTION, named(SELECTION).read(), slots * 4, 210);
+    // Keys are read 2.1 times or so (`keys_are_read_twice`); the rest is histograms, which 64 blocks of few keys merge.
+    at_most(SELECTION, named(SELECTION).read(), slots * 4, 320);
     at_most(GATHER, named(GATHER).dram(), named(GATHER).ideal, 102);
     at_most(NORMS, named(NORMS).moved(), named(NORMS).ideal, 102);
     let launches: u64 = PIPELINE.iter().map(|name| named(name).launches()).sum();
-    assert!(launches <= 6, "{launches} launches compress a layer");
+    // Scores, pooling, three digits and an emission, a gather.
+    assert!(launches <= 7, "{launches} launches compress a layer");
 }
 
 #[test]

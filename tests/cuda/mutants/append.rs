@@ -1,6 +1,8 @@
 //! Seeded bugs of `append.cu`.
 
-use super::Caught::Reference;
+use simcuda::Class::OutOfBounds;
+
+use super::Caught::{By, Reference};
 use super::{RACE, UNINITIALISED, mutants};
 use crate::cache::drives;
 
@@ -11,7 +13,7 @@ mutants! {
         "append": "an arrival that orders nothing",
             [0..1, 1] "atom.acq_rel.gpu.global.inc.u32" => "atom.global.inc.u32"; RACE;
         "append": "each thread sees the room of its own head only",
-            [0..1, 1] "bar.red.or.pred $1, 0, $2;" => "mov.pred $1, $2;"; Reference, RACE, UNINITIALISED;
+            [0..1, 1] "bar.red.or.pred $1, 0, $2;" => "mov.pred $1, $2;"; Reference, RACE, UNINITIALISED, By(OutOfBounds);
         "append": "positions one slot too far",
             [0..4, 4] "st.u32 [$1], $2;" => "st.u32 [$1+4], $2;"; Reference, UNINITIALISED;
     }

