@@ -10,6 +10,7 @@
 mod check;
 pub mod cpu;
 #[cfg(feature = "cuda")]
+#[allow(clippy::type_complexity, reason = "a kernel's signature is the type of its launches")]
 pub mod cuda;
 pub mod ops;
 

@@ -231,7 +231,7 @@ impl Memory {
 
     /// The address of the byte `offset`.
     pub(super) fn at<T>(&self, offset: usize) -> Ptr<T> {
-        debug_assert!(offset <= self.bytes && offset % align_of::<T>() == 0);
+        debug_assert!(offset <= self.bytes && offset.is_multiple_of(align_of::<T>()));
         Ptr::at(self.address + offset as u64)
     }
 

@@ -64,7 +64,7 @@ impl Sums {
         let chunks = longest.div_ceil(SUM_TILE).max(1) as usize;
         let wide = size_of::<f64>();
         let arrivals = (1 + chunks) * count * wide;
-        let bytes = arrivals + count * size_of::<u32>();
+        let bytes = arrivals + size_of_val(rows.lens());
         let memory = Memory::new(&cuda.driver, "sums of rows", bytes)?;
         memory.clear(arrivals, bytes - arrivals)?;
         let arguments =

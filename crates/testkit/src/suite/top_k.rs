@@ -273,7 +273,7 @@ pub fn masses<D: TestDevice>(device: &D) {
     }
     // Long, of many small masses, and with one that has all but nothing.
     rows.push((0..5000).map(|t| if t % 5 == 0 { 1.0 / 1024.0 } else { 0.0 }).collect());
-    rows.push((0..3000).map(|t| if t == 2999 { 0.9990234375 } else { 0.0 }).collect());
+    rows.push((0..3000).map(|t| if t == 2999 { 1.0 - 1.0 / 1024.0 } else { 0.0 }).collect());
     let on_device = upload(device, &rows);
     let every = [0.0, 0.25, 0.5, 0.875, 0.9375, 1.0];
     for first in 0..every.len() {
