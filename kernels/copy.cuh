@@ -5,14 +5,6 @@
 #pragma once
 #include "device.cuh"
 
-// What is kept of a segment: `count` slots, ascending, from `start` on in a list of all. The twin of `Cut` in
-// src/backend/cuda/selection.rs, as selection leaves it.
-struct Cut {
-    u64 start;
-    u32 count;
-    u32 unused[3];
-};
-
 constexpr u32 PER_THREAD = 4;
 constexpr u32 NOWHERE = 0xffffffff;
 

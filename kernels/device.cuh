@@ -235,3 +235,11 @@ template <class T> __device__ inline T* global(T* address) {
     asm("cvta.to.global.u64 %0, %1;" : "=l"(there) : "l"(address));
     return (T*)__cvta_global_to_generic(there);
 }
+
+// What a selection keeps of a row: `count` slots, ascending, from place `start` on in a list of all. They are those
+// with keys above the threshold and the first `ties` that equal it. The twin of `Cut` in src/backend/cuda/selection.rs.
+struct Cut {
+    u64 start;
+    u32 count, threshold, ties;
+    u32 unused;
+};

@@ -11,15 +11,6 @@ struct Span {
     i64 start, end;
 };
 
-// What a selection keeps of a row: `count` slots, ascending, from place `positions` on among the positions of all. They
-// are those with keys above the threshold and the first `ties` that equal it. The twin of `Cut` in
-// src/backend/cuda/selection.rs.
-struct Cut {
-    u64 positions;
-    u32 count, threshold, ties;
-    u32 unused;
-};
-
 struct Row {
     const float* __restrict__ scores;
     u32 length;

@@ -189,7 +189,7 @@ __device__ inline void cut_segments(const Descent& d, const Contest& contest, u3
         u32 before = ties_before + block_scan(available, all, scratch);
         ties_before += all;
         if (before < rest) count += min(available, rest - before);
-        cut.positions = contest.positions + kept_before + block_scan(count, all, scratch);
+        cut.start = contest.positions + kept_before + block_scan(count, all, scratch);
         kept_before += all;
         cut.count = count, cut.ties = count - cut.ties;
         if (s < contest.end) d.cuts[s] = cut;

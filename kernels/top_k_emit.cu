@@ -109,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     __syncthreads();
     u32 end = above_before + (all & 0xffff) + min(equal_before + (all >> 16), cut.ties);
-    for (u32 i = threadIdx.x; i < end - start; i += THREADS) positions[cut.positions + start + i] = stage[i];
+    for (u32 i = threadIdx.x; i < end - start; i += THREADS) positions[cut.start + start + i] = stage[i];
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -117,5 +117,5 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float* row = rows[blockIdx.y];
     Cut cut = cuts[blockIdx.y];
     u32 stop = min(blockIdx.x * 1024 + 1024, cut.count);
-    for (u32 i = blockIdx.x * 1024 + threadIdx.x; i < stop; i += THREADS) row[positions[cut.positions + i]] = INFINITE;
+    for (u32 i = blockIdx.x * 1024 + threadIdx.x; i < stop; i += THREADS) row[positions[cut.start + i]] = INFINITE;
 }

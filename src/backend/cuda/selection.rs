@@ -80,7 +80,7 @@ pub(super) struct Group {
 }
 
 /// What is kept of a segment: `count` slots, ascending, from `start` on among the positions of all. The twin of `Cut` in
-/// `kernels/scores.cuh`.
+/// `kernels/device.cuh`.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct Cut {
