@@ -94,6 +94,25 @@ pub enum Positional {
     },
 }
 
+/// How large what a value writes into the layer's output is: the mean over the query heads of its group of a norm of
+/// `y = v · W_o`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "lowercase")
+)]
+pub enum ValueNorm {
+    /// `‖y‖₁` (CriticalKV): a projection's arithmetic.
+    #[default]
+    L1,
+    /// `‖y‖₂`, as `√(vᵀ (W_oᵀ W_o) v)`, for `D/len + D/hidden` of that arithmetic. Orders slots nearly as L1 does; the
+    /// numbers are smaller by about `√(2·hidden/π)`, the same for all heads of a model, which changes no order.
+    ///
+    /// NaN for a value with an element that is not finite, or so large that the square is not (from about 1e19).
+    L2,
+}
+
 /// What value norms are divided by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(
