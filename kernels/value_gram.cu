@@ -162,6 +162,7 @@ extern "C" __global__ void __launch_bounds__(256)
             column = other;
         }
         double sum = 0.0;
+#pragma unroll 1
         for (u32 part = 0; part < parts; ++part)
             sum += sums[(((u64)part * gridDim.y + blockIdx.y) * width + row) * width + column];
         g[p][r][e] = (float)(k < n ? 2.0 * sum : sum);
@@ -242,7 +243,8 @@ __device__ inline void value_gram(const Rows* values, const u32* pages, const Gr
         float square[M][2] = {};
 #pragma unroll 1
         for (u32 n = 0; n < (dim + 31) / 32 * 2; ++n) {
-            float c[M][2][4] = {};
+            // The largest products, and the others: their roundings are not those of large sums.
+            float c[2][M][2][4] = {};
 #pragma unroll
             for (u32 k = 0; k < D / 16; ++k) {
                 if (k > n) break;
@@ -253,8 +255,8 @@ __device__ inline void value_gram(const Rows* values, const u32* pages, const Gr
                     for (u32 i = 0; i < T::TERMS && i + j < 3; ++i)
 #pragma unroll
                         for (u32 m = 0; m < M; ++m) {
-                            Bf16::multiply_add(c[m][0], a[m][i][k], b.x, b.y);
-                            Bf16::multiply_add(c[m][1], a[m][i][k], b.z, b.w);
+                            Bf16::multiply_add(c[i + j > 0][m][0], a[m][i][k], b.x, b.y);
+                            Bf16::multiply_add(c[i + j > 0][m][1], a[m][i][k], b.z, b.w);
                         }
                 }
             }
@@ -265,8 +267,11 @@ __device__ inline void value_gram(const Rows* values, const u32* pages, const Gr
                     u32 m = i / 2, r = i % 2;
                     float x[4];
                     load_four<Chunk>(row[m][r], column, x);
-                    square[m][r] += (c[m][0][r * 2] * x[0] + c[m][0][r * 2 + 1] * x[1]) +
-                                    (c[m][1][r * 2] * x[2] + c[m][1][r * 2 + 1] * x[3]);
+                    float sum[2] = {};
+#pragma unroll
+                    for (u32 e = 0; e < 4; ++e)
+                        sum[e / 2] += (c[0][m][e / 2][r * 2 + e % 2] + c[1][m][e / 2][r * 2 + e % 2]) * x[e];
+                    square[m][r] += sum[0] + sum[1];
                 }
         }
 #pragma unroll

