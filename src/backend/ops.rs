@@ -106,8 +106,10 @@ pub enum ValueNorm {
     /// `‖y‖₁` (CriticalKV): a projection's arithmetic.
     #[default]
     L1,
-    /// `‖y‖₂`, as `√(vᵀ (W_oᵀ W_o) v)`, for `D/len + D/hidden` of that arithmetic. Orders slots nearly as L1 does; the
-    /// numbers are smaller by about `√(2·hidden/π)`, the same for all heads of a model, which changes no order.
+    /// `‖y‖₂`, as `√(vᵀ (W_oᵀ W_o) v)`, for `D/len + D/hidden` of that arithmetic. Orders a head's slots nearly as L1 does.
+    ///
+    /// Not scaled to L1: the factor, `√(2·hidden/π)` where the channels of `y` are Gaussian, is one for the whole model and
+    /// changes no order. Heads that write to few channels have less than that: against others they gain by L2.
     ///
     /// NaN for a value with an element that is not finite, or so large that the square is not (from about 1e19).
     L2,

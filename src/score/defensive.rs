@@ -12,6 +12,7 @@
 //!   rows without past mass give 0, not NaN; no statistic crosses sequences.
 //! * `norm_scale`: the code divides `ν` by its sum over the heads at the same position, the paper by its sum over the
 //!   layer. Within a layer the latter changes nothing.
+//! * `value_norm=l2`: the cheaper norm of [`ValueNorm::L2`], not the paper's.
 //! * Cost: SnapKV's two passes and one output projection over the cache, `2·Hq·T·D·hidden` flops.
 
 use super::{FirstSet, Needs, Queries, Room, Scored, Scorer, check_part, past_lens, segment_lens};
