@@ -79,7 +79,6 @@ pub(super) fn run(layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()>
 #[derive(Default)]
 struct Scratch {
     rows: Vec<f32>,
-    columns: Vec<f32>,
     products: Vec<f32>,
     sums: Vec<f64>,
 }
@@ -94,14 +93,9 @@ impl Scratch {
         self.products.resize(dim * dim, 0.0);
         for from in (0..hidden).step_by(BLOCK) {
             let rows = from..hidden.min(from + BLOCK);
-            let len = rows.len();
-            self.rows.resize(len * dim, 0.0);
-            self.columns.resize(len * dim, 0.0);
+            self.rows.resize(rows.len() * dim, 0.0);
             tile::widen_columns(weights, 0, rows, head * dim..(head + 1) * dim, &mut self.rows);
-            for (c, row) in self.rows.chunks_exact(dim).enumerate() {
-                row.iter().enumerate().for_each(|(d, &x)| self.columns[d * len + c] = x);
-            }
-            tile::matmul_nt(len, &self.columns, &self.columns, &mut self.products);
+            tile::gram(dim, &self.rows, &mut self.products);
             self.sums.iter_mut().zip(&self.products).for_each(|(sum, &x)| *sum += f64::from(x));
         }
         matrix.iter_mut().zip(&self.sums).for_each(|(x, &sum)| *x = sum as f32);
