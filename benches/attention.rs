@@ -9,7 +9,7 @@ use std::hint::black_box;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
 use kvbudget::backend::cpu::{Cpu, HostSlice};
-use kvbudget::backend::ops::{Attend, Lag, Reduce, WindowAttention};
+use kvbudget::backend::ops::{Attend, Lag, Reduce, ValueNorm, WindowAttention};
 use kvbudget::backend::{AttendView, Backend};
 use kvbudget::{LayerShape, LayerView, Ragged, Rows};
 
@@ -154,7 +154,7 @@ fn value_norm(c: &mut Criterion) {
     let data = Data::new(512);
     let view = data.view();
     let mut out = data.zeros();
-    Cpu::new().value_norm(&[view], &mut out).unwrap();
+    Cpu::new().value_norm(ValueNorm::L1, &[view], &mut out).unwrap();
     let (dim, columns) = (DIM as usize, (QUERY_HEADS * DIM) as usize);
     let value = &data.v[7 * dim..8 * dim];
     let group = (QUERY_HEADS / KV_HEADS) as usize;
@@ -167,7 +167,11 @@ fn value_norm(c: &mut Criterion) {
     let flops = 2 * u64::from(QUERY_HEADS * DIM) * u64::from(HIDDEN) * u64::from(data.len);
     bench.throughput(Throughput::Elements(flops));
     bench.sample_size(10);
-    bench.bench_function("f16", |b| b.iter(|| Cpu::new().value_norm(&[view], &mut out).unwrap()));
+    for op in [ValueNorm::L1, ValueNorm::L2] {
+        bench.bench_function(format!("f16-{op}"), |b| {
+            b.iter(|| Cpu::new().value_norm(op, &[view], &mut out).unwrap());
+        });
+    }
     bench.finish();
 }
 

@@ -11,7 +11,7 @@ use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
 use kvbudget::backend::Backend;
 use kvbudget::backend::cuda::cache::FlatCache;
 use kvbudget::backend::cuda::{Cuda, DeviceSlice, Tensor};
-use kvbudget::backend::ops::TopK;
+use kvbudget::backend::ops::{TopK, ValueNorm};
 use kvbudget_testkit::data::{Elements, TestDevice};
 use kvbudget_testkit::suite;
 
@@ -88,7 +88,7 @@ fn bench(c: &mut Criterion, cuda: &Cuda) {
     let views = [layer.view(false)];
     let flops = 2 * slots * u64::from(GROUP * DIM * HIDDEN);
     time("value norms (elements are flops)", Throughput::Elements(flops), &mut || {
-        cuda.value_norm(&views, &mut out).expect("norms");
+        cuda.value_norm(ValueNorm::L1, &views, &mut out).expect("norms");
     });
 
     let scores = (0..HEADS).map(|h| reference::noise(TOKENS as usize, u64::from(h)).collect());

@@ -6,6 +6,7 @@
 
 use crate::allocate::{AdaForm, Heads, Layers};
 use crate::backend::Backend;
+use crate::backend::ops::ValueNorm;
 use crate::budget::Fraction;
 use crate::error::{Error, Result};
 use crate::ids::LayerId;
@@ -28,12 +29,22 @@ pub struct TwoStage {
     pub first_stage: Fraction,
     /// Added to scores before they are multiplied, so that a zero score does not hide a large value.
     pub epsilon: f32,
+    /// Norm of what a value writes.
+    pub value_norm: ValueNorm,
 }
-parameters!(TwoStage { first_stage: "a fraction from 0 to 1", epsilon: "a number" });
+parameters!(TwoStage {
+    first_stage: "a fraction from 0 to 1",
+    epsilon: "a number",
+    value_norm: "l1 or l2",
+});
 
 impl Default for TwoStage {
     fn default() -> Self {
-        Self { first_stage: Fraction::new(1, 2).unwrap_or_default(), epsilon: 1e-4 }
+        Self {
+            first_stage: Fraction::new(1, 2).unwrap_or_default(),
+            epsilon: 1e-4,
+            value_norm: ValueNorm::L1,
+        }
     }
 }
 
@@ -201,7 +212,7 @@ impl<B: Backend> Policy<B> {
             (Some(_), Some(weighted)) => Some(weighted),
             (Some(stage), None) => {
                 let mut norms = backend.zeros(&segment_lens(layers))?;
-                backend.value_norm(layers, &mut norms)?;
+                backend.value_norm(stage.value_norm, layers, &mut norms)?;
                 backend.weigh(stage.epsilon, &scored.scores, &mut norms)?;
                 Some(norms)
             }

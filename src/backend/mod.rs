@@ -19,7 +19,7 @@ use std::ops::Range;
 use crate::error::Result;
 use crate::ragged::Ragged;
 use crate::view::{LayerView, Rows, Storage};
-use ops::{Attend, Lag, NormScale, Pool, Positional, TopK, WindowAttention};
+use ops::{Attend, Lag, NormScale, Pool, Positional, TopK, ValueNorm, WindowAttention};
 
 /// The query rows, keys and values of one [`Backend::attend`] call for one sequence.
 #[derive(Debug, Clone, Copy)]
@@ -69,10 +69,11 @@ pub trait Backend: Send + Sync {
     ) -> Result<()>;
     /// Smooths rows over neighbouring slots, in place.
     fn pool(&self, op: &Pool<'_>, rows: &mut Self::Floats) -> Result<()>;
-    /// `mean_g ‖v · W_o[h·G + g]‖₁` per slot: an upper bound on what a value can move in the layer's output
+    /// `mean_g ‖v · W_o[h·G + g]‖` per slot: with L1, an upper bound on what a value can move in the layer's output
     /// (CriticalKV).
     fn value_norm(
         &self,
+        op: ValueNorm,
         layers: &[LayerView<'_, Self::Storage<'_>>],
         out: &mut Self::Floats,
     ) -> Result<()>;

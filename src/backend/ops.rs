@@ -94,6 +94,27 @@ pub enum Positional {
     },
 }
 
+/// How large what a value writes into the layer's output is: the mean over the query heads of its group of a norm of
+/// `y = v · W_o`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "lowercase")
+)]
+pub enum ValueNorm {
+    /// `‖y‖₁` (CriticalKV): a projection's arithmetic.
+    #[default]
+    L1,
+    /// `‖y‖₂`, as `√(vᵀ (W_oᵀ W_o) v)`, for `D/len + D/hidden` of that arithmetic. Orders a head's slots nearly as L1 does.
+    ///
+    /// Not scaled to L1: the factor, `√(2·hidden/π)` where the channels of `y` are Gaussian, is one for the whole model and
+    /// changes no order. Heads that write to few channels have less than that: against others they gain by L2.
+    ///
+    /// NaN for a value with an element that is not finite, or so large that the square is not (from about 1e19).
+    L2,
+}
+
 /// What value norms are divided by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(

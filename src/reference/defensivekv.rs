@@ -7,7 +7,7 @@
 use super::{best, ranked, ratio};
 use crate::allocate::Layers;
 use crate::backend::Backend;
-use crate::backend::ops::{NormScale, Reduce, WindowAttention};
+use crate::backend::ops::{NormScale, Reduce, ValueNorm, WindowAttention};
 use crate::budget::Budget;
 use crate::error::{Error, Result};
 use crate::policy::PolicyConfig;
@@ -82,7 +82,7 @@ fn observe<B: Backend>(
     let (mut worst, mut mean, mut norms) =
         (backend.zeros(&lens)?, backend.zeros(&lens)?, backend.zeros(&lens)?);
     backend.window_attention(&op, layers, &mut worst, Some(&mut mean))?;
-    backend.value_norm(layers, &mut norms)?;
+    backend.value_norm(ValueNorm::L1, layers, &mut norms)?;
     backend.scale_norms(NormScale::Heads, layers, &mut norms)?;
     Ok((backend.to_host(&worst)?, backend.to_host(&mean)?, backend.to_host(&norms)?))
 }

@@ -11,7 +11,7 @@ mod kvpress;
 
 use crate::allocate::{AdaForm, Heads, Layers};
 use crate::backend::Backend;
-use crate::backend::ops::{NormScale, Pooling, Reduce};
+use crate::backend::ops::{NormScale, Pooling, Reduce, ValueNorm};
 use crate::budget::{Budget, Fraction};
 use crate::error::{Error, Result};
 use crate::geometry::Geometry;
@@ -128,7 +128,7 @@ pub(crate) fn score<B: Backend>(
     let mut weighted = None;
     if config.two_stage.is_some() {
         let mut norms = backend.zeros(&segment_lens(layers))?;
-        backend.value_norm(layers, &mut norms)?;
+        backend.value_norm(ValueNorm::L1, layers, &mut norms)?;
         weighted = Some(norms);
     }
     Ok(Scored { scores, weighted })

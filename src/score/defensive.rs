@@ -12,11 +12,12 @@
 //!   rows without past mass give 0, not NaN; no statistic crosses sequences.
 //! * `norm_scale`: the code divides `ν` by its sum over the heads at the same position, the paper by its sum over the
 //!   layer. Within a layer the latter changes nothing.
+//! * `value_norm=l2`: the cheaper norm of [`ValueNorm::L2`], not the paper's.
 //! * Cost: SnapKV's two passes and one output projection over the cache, `2·Hq·T·D·hidden` flops.
 
 use super::{FirstSet, Needs, Queries, Room, Scored, Scorer, check_part, past_lens, segment_lens};
 use crate::backend::Backend;
-use crate::backend::ops::{NormScale, Reduce, WindowAttention};
+use crate::backend::ops::{NormScale, Reduce, ValueNorm, WindowAttention};
 use crate::error::Result;
 use crate::ids::LayerId;
 use crate::parameters::parameters;
@@ -36,6 +37,8 @@ pub struct Defensive {
     pub kernel: u32,
     /// Attention mass that the first slots must hold together with the window.
     pub threshold: f32,
+    /// Norm of what a value writes.
+    pub value_norm: ValueNorm,
     /// What value norms are divided by.
     pub norm_scale: NormScale,
 }
@@ -43,12 +46,19 @@ parameters!(Defensive {
     window: "a positive integer",
     kernel: "an odd integer",
     threshold: "a number from 0 to 1",
+    value_norm: "l1 or l2",
     norm_scale: "none, layer or heads",
 });
 
 impl Default for Defensive {
     fn default() -> Self {
-        Self { window: 32, kernel: 5, threshold: 0.9, norm_scale: NormScale::Heads }
+        Self {
+            window: 32,
+            kernel: 5,
+            threshold: 0.9,
+            value_norm: ValueNorm::L1,
+            norm_scale: NormScale::Heads,
+        }
     }
 }
 
@@ -78,7 +88,7 @@ impl<B: Backend> Scorer<B> for Defensive {
         let past = past_lens(layers, self.window);
         backend.floor_at_mean(&past, &mut worst)?;
         let mut norms = backend.zeros(&lens)?;
-        backend.value_norm(layers, &mut norms)?;
+        backend.value_norm(self.value_norm, layers, &mut norms)?;
         backend.scale_norms(self.norm_scale, layers, &mut norms)?;
         backend.weigh(0.0, &worst, &mut norms)?;
         Ok(Scored { first: Some(mean), ..norms.into() })

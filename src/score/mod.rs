@@ -20,7 +20,7 @@ pub use snapkv::{SnapKv, Tova};
 pub use streaming::{Random, Streaming};
 
 use crate::backend::Backend;
-use crate::backend::ops::{NormScale, Pooling, Reduce};
+use crate::backend::ops::{NormScale, Pooling, Reduce, ValueNorm};
 use crate::error::{Error, Result};
 use crate::ids::LayerId;
 use crate::parameters::{Parameters, named};
@@ -28,6 +28,7 @@ use crate::view::LayerView;
 
 named!(Pooling { Avg => "avg", Max => "max" });
 named!(Reduce { Mean => "mean", Max => "max" });
+named!(ValueNorm { L1 => "l1", L2 => "l2" });
 named!(NormScale { None => "none", Layer => "layer", Heads => "heads" });
 
 /// What a scorer found for one layer: the same at every budget.

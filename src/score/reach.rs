@@ -23,7 +23,7 @@
 
 use super::{FirstSet, Needs, Queries, Room, Scored, Scorer, check_part, segment_lens};
 use crate::backend::Backend;
-use crate::backend::ops::{NormScale, Pool, Pooling, Reduce, WindowAttention};
+use crate::backend::ops::{NormScale, Pool, Pooling, Reduce, ValueNorm, WindowAttention};
 use crate::error::Result;
 use crate::ids::LayerId;
 use crate::parameters::parameters;
@@ -43,6 +43,8 @@ pub struct Reach {
     pub gap: u32,
     /// Average-pooling kernel, odd.
     pub kernel: u32,
+    /// Norm of what a value writes.
+    pub value_norm: ValueNorm,
     /// What value norms are divided by.
     pub norm_scale: NormScale,
     /// Queries of the present: those of so many last tokens.
@@ -56,6 +58,7 @@ parameters!(Reach {
     queries: "a positive integer",
     gap: "an integer",
     kernel: "an odd integer",
+    value_norm: "l1 or l2",
     norm_scale: "none, layer or heads",
     near: "a positive integer",
     threshold: "a number from 0 to 1",
@@ -68,6 +71,7 @@ impl Default for Reach {
             queries: 256,
             gap: 64,
             kernel: 5,
+            value_norm: ValueNorm::L1,
             norm_scale: NormScale::None,
             near: 16,
             threshold: 0.85,
@@ -106,7 +110,7 @@ impl<B: Backend> Scorer<B> for Reach {
         backend.pool(&pool, &mut scores)?;
         backend.floor_at_mean(&lens, &mut scores)?;
         let mut norms = backend.zeros(&lens)?;
-        backend.value_norm(layers, &mut norms)?;
+        backend.value_norm(self.value_norm, layers, &mut norms)?;
         backend.scale_norms(self.norm_scale, layers, &mut norms)?;
         backend.weigh(0.0, &scores, &mut norms)?;
 

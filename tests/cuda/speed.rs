@@ -9,7 +9,7 @@ use std::fmt::Write;
 use kvbudget::Result;
 use kvbudget::backend::Backend;
 use kvbudget::backend::cuda::cache::FlatCache;
-use kvbudget::backend::ops::{Pool, Pooling, TopK};
+use kvbudget::backend::ops::{Pool, Pooling, TopK, ValueNorm};
 use serde_json::Value;
 use simcuda::{
     A100_SXM, Checks, Counters, Device, H100_SXM, Installed, Policy, Resource, Roofline,
@@ -143,7 +143,7 @@ fn workload(gpu: &Gpu) -> Vec<Measured> {
     let weights = u64::from(hidden * GROUP) * ROW * u64::from(few / 256);
     let ideal = u64::from(HEADS) * (u64::from(few) * (ROW + 4) + weights);
     let name = (NORMS, format!("T = {few}, hidden = {hidden}"));
-    let run = || cuda.value_norm(&[layer.view(false)], &mut out);
+    let run = || cuda.value_norm(ValueNorm::L1, &[layer.view(false)], &mut out);
     all.push(measure(gpu, name, scale, ideal, run));
     all
 }

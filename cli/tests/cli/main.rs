@@ -7,3 +7,4 @@ mod commands;
 mod mutations;
 mod numbers;
 mod support;
+mod value_norms;

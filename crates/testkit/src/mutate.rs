@@ -8,7 +8,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvbudget::backend::cpu::{Cpu, HostSlice};
-use kvbudget::backend::ops::{Attend, Lag, NormScale, Pool, Positional, TopK, WindowAttention};
+use kvbudget::backend::ops::{
+    Attend, Lag, NormScale, Pool, Positional, TopK, ValueNorm, WindowAttention,
+};
 use kvbudget::backend::{AttendView, Backend};
 use kvbudget::{LayerView, Ragged, Result};
 
@@ -256,7 +258,7 @@ impl Backend for Tampered {
         counted mass_count(thresholds: &[f32], caps: &[u32], mass: &Ragged<f32>) -> Result<Vec<u32>>;
         counted selected(selection: &Ragged<u32>) -> Result<Vec<u32>>;
         in_place pool(op: &Pool<'_>) -> Result<()>;
-        in_place value_norm(layers: Layers<'_, '_>) -> Result<()>;
+        in_place value_norm(op: ValueNorm, layers: Layers<'_, '_>) -> Result<()>;
         in_place scale_norms(op: NormScale, layers: Layers<'_, '_>) -> Result<()>;
         in_place key_norm(layers: Layers<'_, '_>) -> Result<()>;
         in_place key_diff(layers: Layers<'_, '_>) -> Result<()>;

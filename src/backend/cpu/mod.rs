@@ -10,6 +10,7 @@ mod pool;
 mod rows;
 mod tile;
 mod top_k;
+mod value_gram;
 mod value_norm;
 mod window_attention;
 
@@ -18,7 +19,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
-use super::ops::{Attend, Lag, NormScale, Pool, Positional, TopK, WindowAttention};
+use super::ops::{Attend, Lag, NormScale, Pool, Positional, TopK, ValueNorm, WindowAttention};
 use super::{AttendView, Backend, check};
 use crate::dtype::Dtype;
 use crate::error::Result;
@@ -122,8 +123,13 @@ impl Backend for Cpu {
     fn pool(&self, op: &Pool<'_>, rows: &mut Ragged<f32>) -> Result<()> {
         self.run(|| pool::run(op, rows))
     }
-    fn value_norm(&self, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
-        self.run(|| value_norm::run(layers, out))
+    fn value_norm(
+        &self,
+        op: ValueNorm,
+        layers: &[HostLayer<'_>],
+        out: &mut Ragged<f32>,
+    ) -> Result<()> {
+        self.run(|| value_norm::run(op, layers, out))
     }
     fn scale_norms(
         &self,

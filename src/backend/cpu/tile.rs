@@ -93,9 +93,29 @@ fn widen<T: Element>(
 pub(super) fn matmul_nt(k: usize, a: &[f32], b: &[f32], c: &mut [f32]) {
     let (m, n) = (a.len() / k, b.len() / k);
     assert!(a.len() == m * k && b.len() == n * k && c.len() == m * n, "shapes of a tile product");
+    product([m, n, k], a, [1, k], b, [k, 1], c);
+}
+
+/// `c[n, n] = a[k, n]ᵀ · a`, as [`matmul_nt`].
+pub(super) fn gram(n: usize, a: &[f32], c: &mut [f32]) {
+    let k = a.len() / n;
+    assert!(a.len() == k * n && c.len() == n * n, "shapes of a Gram matrix");
+    product([n, n, k], a, [n, 1], a, [1, n], c);
+}
+
+/// `c[m, n] = a[m, k] · b[k, n]`, with the distances of columns and of rows in `a` and `b`. Checked by the two above: all
+/// elements lie inside their slices.
+fn product(
+    [m, n, k]: [usize; 3],
+    a: &[f32],
+    [a_columns, a_rows]: [usize; 2],
+    b: &[f32],
+    [b_columns, b_rows]: [usize; 2],
+    c: &mut [f32],
+) {
     #[allow(unsafe_code, reason = "the matrix product's crate has no safe interface")]
     // SAFETY: the operands are m×k, k×n and m×n elements at the given strides, all inside their slices
-    // by the assertion above; `c` is borrowed exclusively, so it overlaps neither operand; f32 is one
+    // by the assertions of the callers; `c` is borrowed exclusively, so it overlaps neither operand; f32 is one
     // of the types the crate supports; without `read_dst` nothing of `c` is read.
     unsafe {
         gemm::gemm(
@@ -107,11 +127,11 @@ pub(super) fn matmul_nt(k: usize, a: &[f32], b: &[f32], c: &mut [f32]) {
             n as isize,
             false,
             a.as_ptr(),
-            1,
-            k as isize,
+            a_columns as isize,
+            a_rows as isize,
             b.as_ptr(),
-            k as isize,
-            1,
+            b_columns as isize,
+            b_rows as isize,
             0.0,
             1.0,
             false,

@@ -1,4 +1,5 @@
-//! `ν[h, t] = 1/G · Σ_g ‖v[h, t] · W_o[h·G + g]‖₁`: what a value can move in the layer's output, at most.
+//! `ν[h, t] = 1/G · Σ_g ‖v[h, t] · W_o[h·G + g]‖₁`: what a value can move in the layer's output, at most. The L2 norm is in
+//! [`value_gram`].
 //!
 //! In: v `[H, len, D]`, the output projection `[hidden, Hq·D]`, whose columns `hq·D..` belong to query head
 //! `hq`; out `[H, len]` f32. Source: CriticalKV ("vwl1norm").
@@ -10,9 +11,10 @@
 
 use rayon::prelude::*;
 
-use super::HostLayer;
 use super::tile::{self, LANES, fold, simd};
+use super::{HostLayer, value_gram};
 use crate::backend::check;
+use crate::backend::ops::ValueNorm;
 use crate::error::Result;
 use crate::ragged::Ragged;
 
@@ -20,8 +22,15 @@ use crate::ragged::Ragged;
 const TILE: usize = 256;
 const BLOCK: usize = 256;
 
-pub(super) fn run(layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
+pub(super) fn run(op: ValueNorm, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
     check::segments(layers, out)?;
+    match op {
+        ValueNorm::L1 => l1(layers, out),
+        ValueNorm::L2 => value_gram::run(layers, out),
+    }
+}
+
+fn l1(layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
     let mut tasks = Vec::new();
     for ((layer, head), row) in tile::segments(layers).zip(out.rows_mut()) {
         layer.o_proj("value norms")?;

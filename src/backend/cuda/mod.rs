@@ -25,6 +25,7 @@ mod rank;
 mod rows;
 mod selection;
 mod top_k;
+mod value_gram;
 mod value_norm;
 mod views;
 mod window_attention;
@@ -34,7 +35,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::ops::{Attend, Lag, NormScale, Pool, Positional, TopK, WindowAttention};
+use super::ops::{Attend, Lag, NormScale, Pool, Positional, TopK, ValueNorm, WindowAttention};
 use super::{AttendView, Backend, check};
 use crate::dtype::{Dtype, Element};
 use crate::error::Result;
@@ -199,8 +200,13 @@ impl Backend for Cuda {
     fn pool(&self, op: &Pool<'_>, rows: &mut Floats) -> Result<()> {
         pool::run(self, op, rows)
     }
-    fn value_norm(&self, layers: &[DeviceLayer<'_>], out: &mut Floats) -> Result<()> {
-        value_norm::run(self, layers, out)
+    fn value_norm(
+        &self,
+        op: ValueNorm,
+        layers: &[DeviceLayer<'_>],
+        out: &mut Floats,
+    ) -> Result<()> {
+        value_norm::run(self, op, layers, out)
     }
     fn scale_norms(
         &self,
@@ -295,6 +301,7 @@ fn signatures() -> Vec<ptx::tests::Signature> {
         mass_count::signatures(),
         rank::signatures(),
         window_attention::signatures(),
+        value_gram::signatures(),
         value_norm::signatures(),
         key_scores::signatures(),
         lag::signatures(),

@@ -20,6 +20,7 @@ pub(super) const FILES: &[(&str, &str)] = files! {
     "rows"
     "top_k"
     "top_k_emit"
+    "value_gram"
     "value_norm"
     "window_attention"
 };

@@ -1,4 +1,4 @@
-//! Value norms through the output projection: launches `kernels/value_norm.cu`.
+//! Value norms through the output projection: launches `kernels/value_norm.cu`; [`gram`] has the L2 norm.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,8 @@ use super::driver::{Memory, Ptr};
 use super::floats::Table;
 use super::launch::{Grid, Kernel};
 use super::views::{HeadRows, Heads};
-use super::{Cuda, DeviceLayer, Floats, check};
+use super::{Cuda, DeviceLayer, Floats, check, value_gram as gram};
+use crate::backend::ops::ValueNorm;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 
@@ -45,8 +46,20 @@ struct Launch {
     longest: usize,
 }
 
-pub(super) fn run(cuda: &Cuda, layers: &[DeviceLayer<'_>], out: &mut Floats) -> Result<()> {
+pub(super) fn run(
+    cuda: &Cuda,
+    op: ValueNorm,
+    layers: &[DeviceLayer<'_>],
+    out: &mut Floats,
+) -> Result<()> {
     check::segments(layers, out)?;
+    match op {
+        ValueNorm::L1 => l1(cuda, layers, out),
+        ValueNorm::L2 => gram::l2(cuda, layers, out),
+    }
+}
+
+fn l1(cuda: &Cuda, layers: &[DeviceLayer<'_>], out: &mut Floats) -> Result<()> {
     let mut launches = BTreeMap::<String, Launch>::new();
     let mut row = 0;
     for layer in layers {
@@ -63,27 +76,34 @@ pub(super) fn run(cuda: &Cuda, layers: &[DeviceLayer<'_>], out: &mut Floats) -> 
 
 /// The kernel for a layer.
 fn variant(layer: &DeviceLayer<'_>) -> Result<String> {
+    let (dtype, template) = kind(layer, &DIMS)?;
+    Ok(if dtype == "f32" { dtype.to_owned() } else { format!("{dtype}_{template}") })
+}
+
+/// Type of the values and of the output projection, and the first of `dims` that is no less than theirs.
+pub(super) fn kind(layer: &DeviceLayer<'_>, dims: &[usize]) -> Result<(&'static str, usize)> {
     let (dtype, dim) = (layer.v().dtype(), layer.shape().head_dim());
     let got = layer.o_proj("value norms")?.dtype();
     if got != dtype {
         return Err(Error::Dtype { what: "output projection", expected: dtype, got });
     }
-    let limit = DIMS[DIMS.len() - 1];
-    let Some(template) = DIMS.into_iter().find(|&d| dim <= d) else {
+    let limit = dims[dims.len() - 1];
+    let Some(&template) = dims.iter().find(|&&d| dim <= d) else {
         let (got, limit) = (dim as u64, limit as u64);
         return Err(Error::TooLarge { what: "head dim on CUDA", got, limit });
     };
-    Ok(match dtype {
-        Dtype::F32 => "f32".to_owned(),
-        Dtype::F16 => format!("f16_{template}"),
-        Dtype::BF16 => format!("bf16_{template}"),
-    })
+    let name = match dtype {
+        Dtype::F32 => "f32",
+        Dtype::F16 => "f16",
+        Dtype::BF16 => "bf16",
+    };
+    Ok((name, template))
 }
 
-fn projection(layer: &DeviceLayer<'_>, head: usize, row: u32) -> Result<Projection> {
+/// An output projection: address of its first element, bytes from a channel to the next, channels.
+pub(super) fn weights(layer: &DeviceLayer<'_>) -> Result<(u64, i64, u32)> {
     let weights = layer.o_proj("value norms")?;
     let (hidden, size) = (weights.len(0), weights.dtype().size() as u64);
-    let (group, dim) = (layer.shape().group(), layer.shape().head_dim());
     let mut runs = weights.runs(0, 0, hidden);
     let (start, stride) = match (runs.next(), runs.next()) {
         (None, _) => (0, 0),
@@ -93,16 +113,23 @@ fn projection(layer: &DeviceLayer<'_>, head: usize, row: u32) -> Result<Projecti
             return Err(Error::Unsupported { what: "an output projection in pages", why });
         }
     };
-    let start = weights.storage().address() + start as u64 * size;
-    for got in [start, stride as u64 * size] {
+    let (start, stride) = (weights.storage().address() + start as u64 * size, stride as u64 * size);
+    for got in [start, stride] {
         if !got.is_multiple_of(16) {
             return Err(Error::Misaligned { what: "output projection", got, expected: 16 });
         }
     }
+    Ok((start, stride as i64, hidden as u32))
+}
+
+fn projection(layer: &DeviceLayer<'_>, head: usize, row: u32) -> Result<Projection> {
+    let (start, stride, hidden) = weights(layer)?;
+    let (group, dim) = (layer.shape().group(), layer.shape().head_dim());
+    let before = head * group * dim * layer.v().dtype().size();
     Ok(Projection {
-        weights: start + (head * group * dim) as u64 * size,
-        stride: (stride as u64 * size) as i64,
-        hidden: hidden as u32,
+        weights: start + before as u64,
+        stride,
+        hidden,
         group: group as u32,
         dim: dim as u32,
         row,

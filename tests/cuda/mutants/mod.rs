@@ -17,6 +17,7 @@ mod pool;
 mod rank;
 mod rows;
 mod top_k;
+mod value_gram;
 mod value_norm;
 mod window_attention;
 
@@ -63,6 +64,7 @@ const MUTANTS: &[&[Mutant]] = &[
     rank::MUTANTS,
     rows::MUTANTS,
     top_k::MUTANTS,
+    value_gram::MUTANTS,
     value_norm::MUTANTS,
     window_attention::MUTANTS,
 ];

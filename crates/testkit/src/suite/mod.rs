@@ -36,7 +36,8 @@ macro_rules! for_each_case {
             rows: containers nan_counts norm_scales mean_floors weights raises ranks long_ranks shared_heads units picks errors;
             top_k: lengths values floors contests tiles parts random_problems pins masses errors;
             top_k_golden: cases;
-            value_norm: lengths shapes widths blocks storage batches compressed zeros errors;
+            value_norm: lengths shapes widths blocks storage batches compressed zeros gram_shapes gram_widths gram_channels
+                gram_batches gram_zeros errors;
             window_attention: lengths windows reductions shapes dims many_rows long_rows storage log_sum_exps keys
                 gaps compressed batches non_finite errors;
         }
