@@ -4,6 +4,8 @@ mod decode;
 pub mod drives;
 mod errors;
 mod histories;
+mod lent;
+mod outputs;
 mod sectors;
 mod selected;
 
@@ -11,7 +13,7 @@ use kvbudget::backend::cpu::{Cpu, HostLayer, HostSlice};
 use kvbudget::backend::cuda::cache::{
     FlatCache, Order, PagePool, PagedCache, Recompress, Recompression, Share, Snapshot, Workspace,
 };
-use kvbudget::backend::cuda::{Cuda, DeviceLayer, DeviceSlice, Floats, Selection};
+use kvbudget::backend::cuda::{self, Cuda, DeviceLayer, DeviceSlice, Floats, Output, Selection};
 use kvbudget::backend::ops::Attend;
 use kvbudget::{Dtype, LayerShape, LayerView, Position, Ragged, Result, Rows, cache};
 use kvbudget_testkit::data::{Place, Tensor, with_rows};
@@ -167,11 +169,11 @@ impl Cache {
         .unwrap()
     }
 
-    pub fn attend(
+    pub fn attend<'a>(
         &self,
         op: &Attend,
         q: &Rows<'_, DeviceSlice<'_>>,
-        out: &mut Floats,
+        out: impl Into<Output<'a>>,
         lse: Option<&mut Floats>,
         workspace: &mut Workspace,
     ) -> Result<()> {
@@ -228,6 +230,8 @@ pub struct Twins {
     pub device: Cache,
     pub host: cache::FlatCache,
     pub ascending: bool,
+    /// What the device's cache lies in, if that is not its own.
+    pub engine: Vec<cuda::Tensor>,
 }
 
 /// Room that no test fills.
@@ -255,7 +259,7 @@ impl Twins {
             let view = LayerView::new(shape.layer(), len, rows[0], rows[1]).unwrap();
             Cache::gather(&gpu.cuda, &view, &kept, slack, page).unwrap()
         });
-        let twins = Self { shape, device, host, ascending: true };
+        let twins = Self { shape, device, host, ascending: true, engine: vec![] };
         twins.compare();
         twins
     }

@@ -2,11 +2,11 @@
 
 use super::super::append::{Strided, lend, strided};
 use super::super::driver::{Memory, Ptr};
+use super::super::output::reach;
 use super::super::views::{HeadRows, aligned};
-use super::super::{Cuda, DeviceSlice, Floats, attend, check};
+use super::super::{Cuda, DeviceSlice, Floats, Output, attend, check};
 use super::slots::Slots;
 use crate::backend::ops::Attend;
-use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::view::Rows;
 
@@ -63,11 +63,13 @@ impl Slots {
         Ok(Self::tables(query_heads) + attend::workspace_bytes(&self.cuda, &shape))
     }
 
+    /// `memory`: what keys and values lie in.
     pub(super) fn attend(
         &self,
+        memory: [DeviceSlice<'_>; 2],
         op: &Attend,
         q: &Rows<'_, DeviceSlice<'_>>,
-        out: &mut Floats,
+        out: &Output<'_>,
         lse: Option<&mut Floats>,
         workspace: &mut Workspace,
     ) -> Result<()> {
@@ -79,11 +81,9 @@ impl Slots {
             let (expected, got) = (self.dtype, q.dtype());
             return Err(Error::Dtype { what: "queries", expected, got });
         }
-        let elements = tokens as usize * q.dim();
-        check::expect("output rows (query heads)", heads, out.lens().len())?;
-        for &len in out.lens() {
-            check::expect("output elements of a query head", elements, len as usize)?;
-        }
+        let [k, v] = memory;
+        let inputs = [("queries", reach(q)), ("keys", k), ("values", v)];
+        out.check([heads, tokens as usize, q.dim()], &inputs)?;
         if let Some(lse) = &lse {
             check::expect("log-sum-exp rows (query heads)", heads, lse.lens().len())?;
             for &len in lse.lens() {
@@ -97,16 +97,12 @@ impl Slots {
             return Ok(());
         }
 
-        // Rows of one length lie at a fixed distance.
-        let first = out.row(0).address;
-        let next = out.row(heads.min(2) - 1).address;
-        let to = (first, (next - first) as i64, (q.dim() * size_of::<f32>()) as i64);
         let of_q = workspace.0.at::<HeadRows>(0);
         let of_out = of_q.add(heads);
         let pitch = size_of::<HeadRows>();
         let bytes = |rows: Ptr<HeadRows>| Ptr::<u8>::at(rows.address);
-        let outs = Some((to, bytes(of_out), pitch));
-        lend(&self.cuda, heads, (from, bytes(of_q), pitch), outs)?;
+        let outs = (out.strided(q.dim())?, bytes(of_out), pitch);
+        lend(&self.cuda, heads, (from, bytes(of_q), pitch), Some(outs))?;
         let held = self.held();
         let inputs = attend::Inputs {
             q: of_q,
@@ -115,7 +111,7 @@ impl Slots {
             pages: held.rows.pages,
             lengths: held.lengths,
             out: of_out,
-            out_dtype: Dtype::F32,
+            out_dtype: out.dtype(),
             lse: lse.map_or(Ptr::NULL, |lse| lse.rows()),
         };
         attend::launch(&self.cuda, op, &shape, &inputs, workspace.0.at(Self::tables(heads)))

@@ -9,21 +9,23 @@ use std::sync::Arc;
 
 use super::super::gather::Kept;
 use super::super::views::HeadRows;
-use super::super::{DeviceLayer, DeviceSlice, Floats, Selection};
+use super::super::{DeviceLayer, DeviceSlice, Floats, Output, Selection};
 use super::attend::Workspace;
 use super::pool::PagePool;
 use super::recompress::{Recompress, Recompression};
-use super::slots::{self, Chosen, Order, Places, Slots};
+use super::slots::{Places, Slots, row_bytes};
 use super::snapshot::{Place, Snapshot};
+use super::thin::{Chosen, Order, kept_of_view, slots_of_view};
 use crate::backend::ops::Attend;
-use crate::cache::slots::expect;
+use crate::cache::slots::with_slack;
 use crate::error::{Error, Result};
+use crate::geometry::{LayerShape, MAX_LEN};
 use crate::ids::{KvHead, Position};
 use crate::ragged::Ragged;
-use crate::view::Rows;
+use crate::view::{LayerView, Rows};
 
 /// What is left of one layer of one sequence, in pages of a pool: [`crate::cache::PagedCache`] on the device. Every method
-/// that takes a pool wants the one of [`Self::gather`]; any other is an error. Dropped without [`Self::release`], it
+/// that takes a pool wants the one it was made with; any other is an error. Dropped without [`Self::release`], it
 /// keeps its pages for ever.
 #[must_use = "its pages stay taken until `release`"]
 pub struct PagedCache {
@@ -47,9 +49,8 @@ impl PagedCache {
         kept: &Ragged<Position>,
         slack: u32,
     ) -> Result<Self> {
-        let chosen = Chosen::upload(&pool.cuda, &slots::slots_of_view(view, kept)?)?;
-        let capacity = slots::with_slack(kept.lens(), slack)?;
-        Self::filled(pool, view, chosen.kept(), capacity)
+        let chosen = Chosen::upload(&pool.cuda, &slots_of_view(view, kept)?)?;
+        Self::filled(pool, view, chosen.kept(), with_slack(kept.lens(), slack)?)
     }
 
     /// Copies what a selection keeps of `view`, whose heads are its segments from `first` on, to pages for `capacity[h]`
@@ -64,7 +65,7 @@ impl PagedCache {
         first: usize,
         capacity: &[u32],
     ) -> Result<Self> {
-        let kept = slots::kept_of_view(view, selection, first, capacity)?;
+        let kept = kept_of_view(view, selection, first, capacity)?;
         Self::filled(pool, view, kept, capacity.to_vec())
     }
 
@@ -74,39 +75,81 @@ impl PagedCache {
         kept: Kept,
         capacity: Vec<u32>,
     ) -> Result<Self> {
-        let (dtype, dim) = (view.k().dtype(), view.k().dim());
-        if dtype != pool.dtype() {
-            let (expected, got) = (pool.dtype(), dtype);
-            return Err(Error::Dtype { what: "layer for a page pool", expected, got });
-        }
-        expect("head dim of a page pool", pool.dim() as usize, dim)?;
-        let page = pool.page();
-        let pages = |slots: u32| slots.div_ceil(page) as usize;
-        pool.check_free(capacity.iter().map(|&n| pages(n) as u64).sum())?;
+        pool.check_layer(view.k().dtype(), view.k().dim())?;
+        pool.check_free(capacity.iter().map(|&n| pool.of_slots(n) as u64).sum())?;
+        let wanted: Vec<usize> = capacity.iter().map(|&n| pool.of_slots(n)).collect();
         let tables: Vec<Vec<u32>> =
-            capacity.iter().map(|&n| pool.take(pages(n)).collect()).collect();
-        let (mut firsts, mut end) = (Vec::new(), 0);
-        for table in &tables {
-            firsts.push(end);
-            end += table.len();
+            wanted.into_iter().map(|pages| pool.books.take(pages).collect()).collect();
+        let made = Self::new(pool, tables.clone(), capacity, view.tokens())
+            .and_then(|cache| cache.slots.fill_from(view, kept).map(|()| cache));
+        made.inspect_err(|_| pool.books.give(tables.concat()))
+    }
+
+    /// Takes over what an engine's pages hold, where it is: head `h` has a slot for each of `positions[h]`, ascending, in the
+    /// pages `tables[h]`, of a sequence that has seen `tokens` tokens. Heads may grow into the pages they have, and with
+    /// [more](Self::reserve) by `slack` slots.
+    ///
+    /// From now on the pages are the cache's, and what it gives up is the pool's, until the engine
+    /// [withdraws](PagePool::withdraw) it.
+    ///
+    /// Errors: [`NotTheEngines`](Error::NotTheEngines), tables too short for the slots, positions out of order or beyond the
+    /// tokens, another number of heads.
+    pub fn adopt(
+        pool: &mut PagePool,
+        tables: &[Vec<u32>],
+        positions: &[Vec<Position>],
+        tokens: u32,
+        slack: u32,
+    ) -> Result<Self> {
+        // What a view promises is what a cache needs.
+        let lens: Vec<u32> = positions.iter().map(|row| row.len() as u32).collect();
+        let rows = |storage| Rows::paged(storage, pool.dim(), pool.page(), tables, &lens);
+        let heads = tables.len() as u32;
+        let shape = LayerShape::new(heads, heads, pool.dim())?;
+        LayerView::new(shape, tokens, rows(pool.k())?, rows(pool.v())?)?
+            .with_positions(positions)?;
+
+        let mut bounds = with_slack(positions.iter().map(Vec::len), slack)?;
+        for (bound, table) in bounds.iter_mut().zip(tables) {
+            let slots = u64::from(pool.page()) * table.len() as u64;
+            *bound = (*bound).max(u32::try_from(slots.min(MAX_LEN)).expect("below 2^31"));
         }
-        let row = slots::row_bytes(dtype, pool.dim());
+        let pages = || tables.iter().flatten().copied();
+        pool.claim(pages())?;
+        let made = Self::new(pool, tables.to_vec(), bounds, tokens)
+            .and_then(|cache| cache.slots.enter(positions).map(|()| cache));
+        made.inspect_err(|_| pool.disclaim(pages()))
+    }
+
+    /// Empty heads in pages that are theirs, with room in the tables for the pages of `bounds[h]` slots.
+    fn new(pool: &PagePool, tables: Vec<Vec<u32>>, bounds: Vec<u32>, tokens: u32) -> Result<Self> {
+        let (dtype, dim, page) = (pool.dtype(), pool.dim(), pool.page());
+        let (mut firsts, mut pages) = (Vec::new(), Vec::new());
+        for (table, &bound) in tables.iter().zip(&bounds) {
+            firsts.push(pages.len());
+            pages.extend_from_slice(table);
+            pages.resize(firsts[firsts.len() - 1] + pool.of_slots(bound), 0);
+        }
+        let row = row_bytes(dtype, dim);
         let heads = |address: u64| {
             firsts.iter().map(|&first| HeadRows::paged(address, row, page, first)).collect()
         };
-        let places = Places {
-            keys: heads(pool.k().address()),
-            values: heads(pool.v().address()),
-            pages: tables.concat(),
-        };
-        let made = Slots::new(&pool.cuda, (dtype, pool.dim()), view.tokens(), capacity, &places)
-            .and_then(|slots| slots.fill_from(view, kept).map(|()| slots));
-        match made {
-            Ok(slots) => Ok(Self { tables, firsts, page, slots, pool: Arc::clone(pool.tag()) }),
-            Err(error) => {
-                pool.give(places.pages);
-                Err(error)
-            }
+        let (keys, values) = (heads(pool.k().address()), heads(pool.v().address()));
+        let places = Places { keys, values, pages };
+        let slots = Slots::new(&pool.cuda, (dtype, dim), tokens, bounds, &places)?;
+        let mut cache = Self { tables, firsts, page, slots, pool: pool.tag() };
+        cache.set_capacity();
+        if cache.slots.capacity != cache.slots.bounds {
+            cache.write_places()?;
+        }
+        Ok(cache)
+    }
+
+    /// What heads may reach with the pages they have.
+    fn set_capacity(&mut self) {
+        for (h, table) in self.tables.iter().enumerate() {
+            let slots = u64::from(self.page) * table.len() as u64;
+            self.slots.capacity[h] = slots.min(self.slots.bounds[h].into()) as u32;
         }
     }
 
@@ -120,7 +163,7 @@ impl PagedCache {
         kept: &Ragged<Position>,
         order: Order,
     ) -> Result<()> {
-        self.check_pool(pool)?;
+        pool.check_owner(&self.pool)?;
         self.slots.compact(kept, order)
     }
 
@@ -134,7 +177,7 @@ impl PagedCache {
         first: usize,
         order: Order,
     ) -> Result<()> {
-        self.check_pool(pool)?;
+        pool.check_owner(&self.pool)?;
         self.slots.compact_selected(selection, first, order)
     }
 
@@ -144,7 +187,7 @@ impl PagedCache {
     /// Errors: [`CacheFull`](Error::CacheFull) beyond what [`Self::gather`] reserved, [`OutOfPages`](Error::OutOfPages),
     /// another pool.
     pub fn reserve(&mut self, pool: &mut PagePool, slack: u32) -> Result<()> {
-        self.check_pool(pool)?;
+        pool.check_owner(&self.pool)?;
         let lens = self.slots.lens()?;
         let mut wanted = Vec::with_capacity(lens.len());
         for (h, (&len, &limit)) in lens.iter().zip(&self.slots.bounds).enumerate() {
@@ -152,20 +195,19 @@ impl PagedCache {
                 let (head, len, capacity) = (KvHead(h as u32), len.into(), limit.into());
                 return Err(Error::CacheFull { head, len, capacity, new: slack.into() });
             }
-            wanted.push((len + slack).div_ceil(self.page) as usize);
+            wanted.push(pool.of_slots(len + slack));
         }
         let pairs = || self.tables.iter().map(Vec::len).zip(wanted.iter().copied());
         let missing: usize = pairs().map(|(has, wants)| wants.saturating_sub(has)).sum();
         let freed: usize = pairs().map(|(has, wants)| has.saturating_sub(wants)).sum();
         pool.check_free(missing.saturating_sub(freed) as u64)?;
         for (table, &pages) in self.tables.iter_mut().zip(&wanted) {
-            pool.give(table.drain(pages.min(table.len())..));
+            pool.books.give(table.drain(pages.min(table.len())..));
         }
-        for (h, (table, &pages)) in self.tables.iter_mut().zip(&wanted).enumerate() {
-            table.extend(pool.take(pages - table.len()));
-            let slots = u64::from(self.page) * pages as u64;
-            self.slots.capacity[h] = slots.min(self.slots.bounds[h].into()) as u32;
+        for (table, &pages) in self.tables.iter_mut().zip(&wanted) {
+            table.extend(pool.books.take(pages - table.len()));
         }
+        self.set_capacity();
         self.write_places()
     }
 
@@ -173,11 +215,11 @@ impl PagedCache {
     ///
     /// Errors: another pool.
     pub fn release(&mut self, pool: &mut PagePool) -> Result<()> {
-        self.check_pool(pool)?;
+        pool.check_owner(&self.pool)?;
         self.slots.clear()?;
         self.slots.capacity.fill(0);
         self.write_places()?;
-        self.tables.iter_mut().for_each(|table| pool.give(table.drain(..)));
+        self.tables.iter_mut().for_each(|table| pool.books.give(table.drain(..)));
         Ok(())
     }
 
@@ -201,7 +243,7 @@ impl PagedCache {
         k: &Rows<'_, DeviceSlice<'_>>,
         v: &Rows<'_, DeviceSlice<'_>>,
     ) -> Result<()> {
-        self.check_pool(pool)?;
+        pool.check_owner(&self.pool)?;
         self.slots.append(k, v)
     }
 
@@ -214,22 +256,22 @@ impl PagedCache {
     }
 
     /// Attention of queries `[Hq, M, D]` at fixed strides, of the newest `M` tokens, over what the cache holds when the
-    /// stream gets there: as [`Backend::attend`](crate::backend::Backend::attend), `out` has `Hq` rows of `M·D`, `lse`,
-    /// if given, `Hq` rows of `M`. Launches only: it may be captured, and replayed while lengths grow.
+    /// stream gets there, as [`Backend::attend`](crate::backend::Backend::attend) has it: to [`Floats`] or to an engine's rows
+    /// ([`Output`]); `lse`, if given, has `Hq` rows of `M`. Launches only: it may be captured, and replayed while lengths grow.
     ///
-    /// Errors: shapes or dtypes that do not fit, head dims beyond 256, a workspace below [`Self::attend_bytes`],
-    /// another pool.
-    pub fn attend(
+    /// Errors: shapes or dtypes that do not fit, outputs in the memory of inputs, head dims beyond 256, a workspace below
+    /// [`Self::attend_bytes`], another pool.
+    pub fn attend<'a>(
         &self,
         pool: &PagePool,
         op: &Attend,
         q: &Rows<'_, DeviceSlice<'_>>,
-        out: &mut Floats,
+        out: impl Into<Output<'a>>,
         lse: Option<&mut Floats>,
         workspace: &mut Workspace,
     ) -> Result<()> {
-        self.check_pool(pool)?;
-        self.slots.attend(op, q, out, lse, workspace)
+        pool.check_owner(&self.pool)?;
+        self.slots.attend([pool.k(), pool.v()], op, q, &out.into(), lse, workspace)
     }
 
     /// Prepares [`Self::recompress`], for this cache and others of the same shape and capacities.
@@ -252,7 +294,7 @@ impl PagedCache {
         q: &Rows<'_, DeviceSlice<'_>>,
         with: &mut Recompression,
     ) -> Result<()> {
-        self.check_pool(pool)?;
+        pool.check_owner(&self.pool)?;
         self.slots.recompress(q, with)
     }
 
@@ -267,17 +309,10 @@ impl PagedCache {
     ///
     /// Errors: another pool.
     pub fn read<'a>(&'a self, pool: &'a PagePool) -> Result<Snapshot<'a>> {
-        self.check_pool(pool)?;
+        pool.check_owner(&self.pool)?;
         let place = Place::Paged(self.page, &self.tables);
         let (slots, seen) = (&self.slots, self.slots.read()?);
         Ok(Snapshot { slots, seen, place, k: pool.k(), v: pool.v() })
-    }
-
-    fn check_pool(&self, pool: &PagePool) -> Result<()> {
-        if Arc::ptr_eq(&self.pool, pool.tag()) {
-            return Ok(());
-        }
-        Err(Error::Unsupported { what: "page pool", why: "the cache's pages are of another pool" })
     }
 
     /// Pages of each head, in slot order.
