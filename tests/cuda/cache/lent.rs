@@ -44,13 +44,18 @@ impl Twins {
             Blocks::Together => k + block_bytes as u64,
         };
         gpu.cuda.synchronize().unwrap();
-        let mut bytes = vec![0u8; page_bytes];
-        for (from, to) in cache.tables().concat().into_iter().zip(tables.concat()) {
-            for (from_base, to_base) in [(pool.k().address(), k), (pool.v().address(), v)] {
-                let at = |base: u64, page: u32| base + u64::from(page) * page_bytes as u64;
-                read(at(from_base, from), &mut bytes);
-                // SAFETY: a page of the engine's.
-                unsafe { memcpy_htod_sync(at(to_base, to), &bytes) }.unwrap();
+        // The rows in use; the others were never written.
+        let row = page_bytes / page as usize;
+        for (h, &len) in self.host.lens().iter().enumerate() {
+            let pages = cache.tables()[h].iter().zip(&tables[h]);
+            for ((&from, &to), done) in pages.zip((0..len).step_by(page as usize)) {
+                let mut bytes = vec![0u8; (len - done).min(page) as usize * row];
+                for (from_base, to_base) in [(pool.k().address(), k), (pool.v().address(), v)] {
+                    let at = |base: u64, page: u32| base + u64::from(page) * page_bytes as u64;
+                    read(at(from_base, from), &mut bytes);
+                    // SAFETY: rows of a page of the engine's.
+                    unsafe { memcpy_htod_sync(at(to_base, to), &bytes) }.unwrap();
+                }
             }
         }
         let pages = count * step * heads - (step - 1) * heads;
