@@ -62,12 +62,8 @@ impl<'a> From<RowsMut<'a>> for Output<'a> {
 }
 
 impl Output<'_> {
-    /// Checks the shape, and that nothing of `inputs` lies here.
-    pub(super) fn check(
-        &self,
-        [heads, tokens, dim]: [usize; 3],
-        inputs: &[(&'static str, DeviceSlice<'_>)],
-    ) -> Result<()> {
+    /// Checks the shape.
+    pub(super) fn check(&self, [heads, tokens, dim]: [usize; 3]) -> Result<()> {
         let heads_are = |got| check::expect("output rows (query heads)", heads, got);
         match self {
             Self::Floats(out) => {
@@ -79,14 +75,18 @@ impl Output<'_> {
             Self::Rows(RowsMut(out)) => {
                 heads_are(out.heads())?;
                 check::expect("outputs of a query head", tokens, out.len(0))?;
-                check::expect("head dim of outputs", dim, out.dim())?;
-                for (with, input) in inputs {
-                    if overlap(&reach(out), input) {
-                        return Err(Error::Overlap { what: "outputs", with });
-                    }
-                }
-                Ok(())
+                check::expect("head dim of outputs", dim, out.dim())
             }
+        }
+    }
+
+    /// Checks that an input lies elsewhere.
+    pub(super) fn check_apart(&self, with: &'static str, input: &DeviceSlice<'_>) -> Result<()> {
+        match self {
+            Self::Rows(RowsMut(out)) if overlap(&reach(out), input) => {
+                Err(Error::Overlap { what: "outputs", with })
+            }
+            _ => Ok(()),
         }
     }
 

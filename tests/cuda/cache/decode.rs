@@ -157,21 +157,26 @@ impl Decoder {
 }
 
 /// What is captured, as a graph.
-fn capture(stream: &Arc<CudaStream>, work: impl FnOnce()) -> cudarc::driver::CudaGraph {
+pub fn capture(stream: &Arc<CudaStream>, work: impl FnOnce()) -> cudarc::driver::CudaGraph {
     stream.begin_capture(Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
     work();
     stream.end_capture(Flags(0)).unwrap().unwrap()
 }
 
+/// A device whose work goes to a stream that may be captured.
 #[allow(unsafe_code, reason = "the stream is the test's")]
-fn decode(shape: Shape, page: Option<u32>, blocks: Option<Blocks>, config: &Recompress) {
+pub fn gpu_on_a_stream() -> (Arc<CudaStream>, Gpu) {
     simcuda::install();
     let ordinal = simcuda::device();
     let context = CudaContext::new(ordinal).unwrap();
     let stream = context.new_stream().unwrap();
     // SAFETY: a stream of the device's primary context, which outlives the test's use of it.
     let cuda = unsafe { Cuda::on_stream(ordinal, stream.cu_stream().cast()) }.unwrap();
-    let gpu = Gpu { cuda, ordinal };
+    (stream, Gpu { cuda, ordinal })
+}
+
+fn decode(shape: Shape, page: Option<u32>, blocks: Option<Blocks>, config: &Recompress) {
+    let (stream, gpu) = gpu_on_a_stream();
     let mut random = Random(u64::from(shape.dim));
     let mut twins = Twins::new(&gpu, shape, &mut random, (90, 80, 60), Place::TokensFirst, page);
     if let Some(blocks) = blocks {

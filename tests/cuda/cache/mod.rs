@@ -1,5 +1,6 @@
 //! Caches on the device against those on the host, and what only a device has: counters instead of errors, graphs.
 
+mod batch;
 mod decode;
 pub mod drives;
 mod errors;
@@ -11,7 +12,8 @@ mod selected;
 
 use kvbudget::backend::cpu::{Cpu, HostLayer, HostSlice};
 use kvbudget::backend::cuda::cache::{
-    FlatCache, Order, PagePool, PagedCache, Recompress, Recompression, Share, Snapshot, Workspace,
+    Batch, FlatCache, Member, Order, PagePool, PagedCache, Recompress, Recompression, Share,
+    Snapshot, Workspace,
 };
 use kvbudget::backend::cuda::{self, Cuda, DeviceLayer, DeviceSlice, Floats, Output, Selection};
 use kvbudget::backend::ops::Attend;
@@ -180,6 +182,13 @@ impl Cache {
         match self {
             Self::Flat(cache) => cache.attend(op, q, out, lse, workspace),
             Self::Paged(cache, pool) => cache.attend(pool, op, q, out, lse, workspace),
+        }
+    }
+
+    pub fn member(&self) -> Member<'_> {
+        match self {
+            Self::Flat(cache) => cache.member(),
+            Self::Paged(cache, pool) => cache.member(pool).unwrap(),
         }
     }
 

@@ -124,8 +124,8 @@ fn outputs_that_cannot_be_written() {
                 Cache::Paged(_, pool) => (pool.k(), pool.v()),
             };
             assert_eq!(refused(rows[0].storage(), 4, 1, 64), with("queries"));
-            assert_eq!(refused(k, 4, 1, 64), with("keys"));
-            assert_eq!(refused(v, 4, 1, 64), with("values"));
+            assert_eq!(refused(k, 4, 1, 64), with("keys or values"));
+            assert_eq!(refused(v, 4, 1, 64), with("keys or values"));
         });
         twins.compare();
     }

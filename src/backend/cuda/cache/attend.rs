@@ -2,11 +2,13 @@
 
 use super::super::append::{Strided, lend, strided};
 use super::super::driver::{Memory, Ptr};
+use super::super::gather::Held;
 use super::super::output::reach;
 use super::super::views::{HeadRows, aligned};
 use super::super::{Cuda, DeviceSlice, Floats, Output, attend, check};
 use super::slots::Slots;
 use crate::backend::ops::Attend;
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::view::Rows;
 
@@ -35,14 +37,41 @@ pub(super) fn queries(q: &Rows<'_, DeviceSlice<'_>>) -> Result<Strided> {
     strided("queries", q)?.ok_or(Error::Unsupported { what: "queries without fixed strides", why })
 }
 
+/// What is attended over: the heads of a cache, or of several.
+pub(super) struct Over<'a> {
+    pub(super) cuda: &'a Cuda,
+    pub(super) of: (Dtype, u32),
+    /// Slots that each head may ever hold.
+    pub(super) bounds: &'a [u32],
+    pub(super) keys: Ptr<HeadRows>,
+    pub(super) values: Ptr<HeadRows>,
+    pub(super) pages: Ptr<u32>,
+    pub(super) lengths: Ptr<u32>,
+}
+
 impl Slots {
+    pub(super) fn over(&self) -> Over<'_> {
+        let Held { rows, lengths, .. } = self.held();
+        Over {
+            cuda: &self.cuda,
+            of: (self.dtype, self.dim),
+            bounds: &self.bounds,
+            keys: rows.keys,
+            values: rows.values,
+            pages: rows.pages,
+            lengths,
+        }
+    }
+}
+
+impl Over<'_> {
     /// Descriptions of queries and outputs come first in the workspace.
     fn tables(query_heads: usize) -> usize {
         (2 * query_heads * size_of::<HeadRows>()).next_multiple_of(256)
     }
 
-    fn attend_shape(&self, query_heads: usize, tokens: u32) -> Result<attend::Shape> {
-        let kv_heads = self.capacity.len();
+    fn shape(&self, query_heads: usize, tokens: u32) -> Result<attend::Shape> {
+        let kv_heads = self.bounds.len();
         if kv_heads == 0 || query_heads == 0 || !query_heads.is_multiple_of(kv_heads) {
             let (query_heads, kv_heads) = (query_heads as u32, kv_heads as u32);
             return Err(Error::HeadsNotDivisible { query_heads, kv_heads });
@@ -51,22 +80,22 @@ impl Slots {
             segments: kv_heads as u32,
             group: (query_heads / kv_heads) as u32,
             queries: tokens,
-            dim: self.dim,
-            dtype: self.dtype,
+            dim: self.of.1,
+            dtype: self.of.0,
             longest: self.bounds.iter().copied().max().unwrap_or(0),
             total: self.bounds.iter().map(|&n| u64::from(n)).sum(),
         })
     }
 
-    pub(super) fn attend_bytes(&self, query_heads: usize, tokens: u32) -> Result<usize> {
-        let shape = self.attend_shape(query_heads, tokens)?;
-        Ok(Self::tables(query_heads) + attend::workspace_bytes(&self.cuda, &shape))
+    pub(super) fn bytes(&self, query_heads: usize, tokens: u32) -> Result<usize> {
+        let shape = self.shape(query_heads, tokens)?;
+        Ok(Self::tables(query_heads) + attend::workspace_bytes(self.cuda, &shape))
     }
 
     /// `memory`: what keys and values lie in.
     pub(super) fn attend(
         &self,
-        memory: [DeviceSlice<'_>; 2],
+        memory: &[DeviceSlice<'_>],
         op: &Attend,
         q: &Rows<'_, DeviceSlice<'_>>,
         out: &Output<'_>,
@@ -75,22 +104,22 @@ impl Slots {
     ) -> Result<()> {
         let heads = q.heads();
         let tokens = q.len(0) as u32;
-        let shape = self.attend_shape(heads, tokens)?;
-        check::expect("head dim of queries", self.dim as usize, q.dim())?;
-        if q.dtype() != self.dtype {
-            let (expected, got) = (self.dtype, q.dtype());
+        let shape = self.shape(heads, tokens)?;
+        check::expect("head dim of queries", shape.dim as usize, q.dim())?;
+        if q.dtype() != shape.dtype {
+            let (expected, got) = (shape.dtype, q.dtype());
             return Err(Error::Dtype { what: "queries", expected, got });
         }
-        let [k, v] = memory;
-        let inputs = [("queries", reach(q)), ("keys", k), ("values", v)];
-        out.check([heads, tokens as usize, q.dim()], &inputs)?;
+        out.check([heads, tokens as usize, q.dim()])?;
+        out.check_apart("queries", &reach(q))?;
+        memory.iter().try_for_each(|memory| out.check_apart("keys or values", memory))?;
         if let Some(lse) = &lse {
             check::expect("log-sum-exp rows (query heads)", heads, lse.lens().len())?;
             for &len in lse.lens() {
                 check::expect("log-sum-exp of a query head", tokens as usize, len as usize)?;
             }
         }
-        let needed = Self::tables(heads) + attend::workspace_bytes(&self.cuda, &shape);
+        let needed = Self::tables(heads) + attend::workspace_bytes(self.cuda, &shape);
         check::within("bytes of a workspace", workspace.bytes(), needed)?;
         let from = queries(q)?;
         if tokens == 0 {
@@ -102,18 +131,17 @@ impl Slots {
         let pitch = size_of::<HeadRows>();
         let bytes = |rows: Ptr<HeadRows>| Ptr::<u8>::at(rows.address);
         let outs = (out.strided(q.dim())?, bytes(of_out), pitch);
-        lend(&self.cuda, heads, (from, bytes(of_q), pitch), Some(outs))?;
-        let held = self.held();
+        lend(self.cuda, heads, (from, bytes(of_q), pitch), Some(outs))?;
         let inputs = attend::Inputs {
             q: of_q,
-            k: held.rows.keys,
-            v: held.rows.values,
-            pages: held.rows.pages,
-            lengths: held.lengths,
+            k: self.keys,
+            v: self.values,
+            pages: self.pages,
+            lengths: self.lengths,
             out: of_out,
             out_dtype: out.dtype(),
             lse: lse.map_or(Ptr::NULL, |lse| lse.rows()),
         };
-        attend::launch(&self.cuda, op, &shape, &inputs, workspace.0.at(Self::tables(heads)))
+        attend::launch(self.cuda, op, &shape, &inputs, workspace.0.at(Self::tables(heads)))
     }
 }

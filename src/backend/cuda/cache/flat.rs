@@ -7,6 +7,7 @@ use super::super::driver::Memory;
 use super::super::views::HeadRows;
 use super::super::{Cuda, DeviceLayer, DeviceSlice, Floats, Output, Selection};
 use super::attend::Workspace;
+use super::batch::Member;
 use super::recompress::{Recompress, Recompression};
 use super::slots::{Places, Slots, row_bytes};
 use super::snapshot::{Place, Snapshot};
@@ -146,7 +147,7 @@ impl FlatCache {
     ///
     /// Errors: query heads that are no positive multiple of the cache's heads.
     pub fn attend_bytes(&self, query_heads: usize, tokens: u32) -> Result<usize> {
-        self.slots.attend_bytes(query_heads, tokens)
+        self.slots.over().bytes(query_heads, tokens)
     }
 
     /// Attention of queries `[Hq, M, D]` at fixed strides, of the newest `M` tokens, over what the cache holds when the
@@ -163,7 +164,12 @@ impl FlatCache {
         lse: Option<&mut Floats>,
         workspace: &mut Workspace,
     ) -> Result<()> {
-        self.slots.attend([self.k(), self.v()], op, q, &out.into(), lse, workspace)
+        self.slots.over().attend(&[self.k(), self.v()], op, q, &out.into(), lse, workspace)
+    }
+
+    /// This cache as one of a [`Batch`](super::Batch).
+    pub fn member(&self) -> Member<'_> {
+        Member { slots: &self.slots, memory: [self.k(), self.v()] }
     }
 
     /// Prepares [`Self::recompress`], for this cache and others of the same shape and capacities.

@@ -12,6 +12,7 @@
 //! either, and is counted: [`FlatCache::check`] tells.
 
 mod attend;
+mod batch;
 mod flat;
 mod paged;
 mod pool;
@@ -21,6 +22,7 @@ mod snapshot;
 mod thin;
 
 pub use attend::Workspace;
+pub use batch::{Batch, Member};
 pub use flat::FlatCache;
 pub use paged::PagedCache;
 pub use pool::PagePool;

@@ -11,6 +11,7 @@ use super::super::gather::Kept;
 use super::super::views::HeadRows;
 use super::super::{DeviceLayer, DeviceSlice, Floats, Output, Selection};
 use super::attend::Workspace;
+use super::batch::Member;
 use super::pool::PagePool;
 use super::recompress::{Recompress, Recompression};
 use super::slots::{Places, Slots, row_bytes};
@@ -252,7 +253,7 @@ impl PagedCache {
     ///
     /// Errors: query heads that are no positive multiple of the cache's heads.
     pub fn attend_bytes(&self, query_heads: usize, tokens: u32) -> Result<usize> {
-        self.slots.attend_bytes(query_heads, tokens)
+        self.slots.over().bytes(query_heads, tokens)
     }
 
     /// Attention of queries `[Hq, M, D]` at fixed strides, of the newest `M` tokens, over what the cache holds when the
@@ -271,7 +272,15 @@ impl PagedCache {
         workspace: &mut Workspace,
     ) -> Result<()> {
         pool.check_owner(&self.pool)?;
-        self.slots.attend([pool.k(), pool.v()], op, q, &out.into(), lse, workspace)
+        self.slots.over().attend(&[pool.k(), pool.v()], op, q, &out.into(), lse, workspace)
+    }
+
+    /// This cache as one of a [`Batch`](super::Batch).
+    ///
+    /// Errors: another pool.
+    pub fn member<'a>(&'a self, pool: &'a PagePool) -> Result<Member<'a>> {
+        pool.check_owner(&self.pool)?;
+        Ok(Member { slots: &self.slots, memory: [pool.k(), pool.v()] })
     }
 
     /// Prepares [`Self::recompress`], for this cache and others of the same shape and capacities.

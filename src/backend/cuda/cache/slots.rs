@@ -1,6 +1,8 @@
 //! The books of a cache on the device: lengths, positions and counters, which kernels read and write, and what the host
 //! knows without asking: capacities. Flat and paged caches differ in where rows lie, and in nothing written here.
 
+use std::sync::Arc;
+
 use super::super::driver::Memory;
 use super::super::floats::{Sent, Slot, Table};
 use super::super::gather::{COUNTERS, Held, REFUSED, SEEN, Source};
@@ -34,6 +36,8 @@ pub(super) struct Slots {
     /// States of the tiles of an ordered compaction.
     pub(super) states: Memory,
     units: u32,
+    /// Tells these books from others: batches hold a clone.
+    pub(super) tag: Arc<()>,
 }
 
 /// Where the rows of a cache lie: per head, and the page tables.
@@ -78,7 +82,7 @@ impl Slots {
         #[rustfmt::skip]
         return Ok(Self {
             cuda, dtype, dim, capacity, bounds, ascending, positions, books, lengths, capacities, counters, keys, values, pages,
-            states, units,
+            states, units, tag: Arc::new(()),
         });
     }
 
@@ -179,6 +183,16 @@ impl Slots {
         }
         let lens: Vec<u32> = positions.iter().map(|row| row.len() as u32).collect();
         self.books.write(self.lengths, 0, &lens)
+    }
+
+    /// Waits for the stream, then reads where keys and values lie, with page tables counted from address zero.
+    pub(super) fn places(&self) -> Result<[Vec<HeadRows>; 2]> {
+        let pages = self.books.at(self.pages);
+        let read = |slot| -> Result<Vec<HeadRows>> {
+            let rows = self.books.read::<HeadRows>(slot, self.capacity.len())?.into_iter();
+            Ok(rows.map(|row| row.with_absolute_table(pages)).collect())
+        };
+        Ok([read(self.keys)?, read(self.values)?])
     }
 
     /// Forgets all slots.
