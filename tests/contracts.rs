@@ -56,11 +56,16 @@ impl Case {
     }
 
     fn plan(&self, cascade: bool) -> Result<Plan> {
+        self.plan_with(|planner| if cascade { planner.cascade() } else { Ok(planner) })
+    }
+
+    fn plan_with(
+        &self,
+        how: impl for<'a> FnOnce(Planner<'a, Cpu>) -> Result<Planner<'a, Cpu>>,
+    ) -> Result<Plan> {
         let (cpu, geometry, policy) = (Cpu::new(), self.geometry(), self.policy());
-        let mut planner = Planner::new(&cpu, &policy, &geometry, self.budget, &[self.tokens])?;
-        if cascade {
-            planner = planner.cascade()?;
-        }
+        let mut planner =
+            how(Planner::new(&cpu, &policy, &geometry, self.budget, &[self.tokens])?)?;
         let memory = vec![0f32; (self.heads.iter().max().unwrap() * self.tokens * DIM) as usize];
         for (l, shape) in geometry.layers().iter().enumerate() {
             let rows = Rows::heads_first(HostSlice::F32(&memory), self.heads[l], self.tokens, DIM)?;
@@ -216,6 +221,12 @@ proptest! {
         let layer = case.heads.iter().max().unwrap() * case.tokens;
         let wanted = cascade.report.budget_slots.min(cascade.report.available_slots);
         prop_assert!(cascade.report.peak_slots <= wanted + u64::from(layer));
+    }
+
+    /// What is left on the device until the end is the same plan, and the same report.
+    #[test]
+    fn deferred_equals_eager(case in cases(prop_oneof![Just(1u32), 2u32..5])) {
+        prop_assert_eq!(case.plan(false).unwrap(), case.plan_with(|p| p.deferred()).unwrap());
     }
 
     /// Within a head, whatever is kept beats whatever is not: protected, then score, then position.

@@ -40,6 +40,8 @@ pub trait Backend: Send + Sync {
     type Floats: Send + Sync;
     /// Selected slots of every segment, ascending.
     type Selection: Send + Sync;
+    /// A number per row.
+    type Counts: Send + Sync;
 
     /// Zeroed rows.
     fn zeros(&self, lens: &[u32]) -> Result<Self::Floats>;
@@ -52,7 +54,9 @@ pub trait Backend: Send + Sync {
     /// Length of each row.
     fn lens(&self, rows: &Self::Floats) -> Vec<u32>;
     /// NaN in each row.
-    fn count_nan(&self, rows: &Self::Floats) -> Result<Vec<u64>>;
+    fn count_nan(&self, rows: &Self::Floats) -> Result<Self::Counts>;
+    /// Reads numbers back.
+    fn counts_to_host(&self, counts: &Self::Counts) -> Result<Vec<u64>>;
 
     /// Attention of the last queries into `out`, `[H, len]` per view. With `mean`, also the mean over window
     /// and group of the unpooled rows (zero inside the window), from the same pass.

@@ -6,9 +6,12 @@
 //! monotone, so what is not among the best `B` of the layers seen so far is never among the best `B` of all:
 //! the cascade ends with the plan of the one-shot selection and holds at most the budget and one layer.
 //!
+//! On a device that is not the host's, [`Planner::deferred`] leaves decisions where they were made until the end.
+//!
 //! Planning mutates nothing: caches change when the caller applies what [`Planner::held`] or the plan says.
 
 mod contests;
+mod deferred;
 mod state;
 
 pub use state::Sequence;
@@ -30,6 +33,7 @@ use crate::score::{FirstSet, Room, Scored, segment_lens};
 use crate::select::protect::count;
 use crate::view::LayerView;
 use contests::{blended, visible};
+use deferred::Deferred;
 use state::State;
 
 /// Below what any measured share is at any place, and still a normal number at the last place.
@@ -54,7 +58,11 @@ pub struct Planner<'a, B: Backend> {
     firsts: Vec<usize>,
     pushed: Vec<Pushed<B>>,
     cascade: bool,
+    deferred: Option<Deferred<B>>,
 }
+
+/// Rows of pushed layers: of which layer, and which.
+type Parts = Vec<(usize, Range<usize>)>;
 
 impl<'a, B: Backend> Planner<'a, B> {
     /// Resolves the budget of every sequence and shares it out as far as numbers alone decide.
@@ -74,13 +82,16 @@ impl<'a, B: Backend> Planner<'a, B> {
             .map(|&s| State::new(policy, geometry, budget, s.into()))
             .collect::<Result<_>>()?;
         let pushed = Vec::with_capacity(geometry.layers().len());
-        Ok(Self { backend, policy, geometry, budget, sequences, firsts, pushed, cascade: false })
+        let (cascade, deferred) = (false, None);
+        Ok(Self { backend, policy, geometry, budget, sequences, firsts, pushed, cascade, deferred })
     }
 
     /// Drops what cannot win any more at every push, where budgets are contested over all layers.
     ///
-    /// Errors for two-stage policies: their second stage may want what the first has dropped.
+    /// Errors for two-stage policies: their second stage may want what the first has dropped; of a
+    /// [deferred](Self::deferred) planner.
     pub fn cascade(mut self) -> Result<Self> {
+        deferred::apart(self.deferred.is_some())?;
         if self.policy.config.two_stage.is_some() || self.policy.config.reference.is_some() {
             return Err(Error::Unsupported {
                 what: "the cascade of a two-stage or reference policy",
@@ -142,7 +153,11 @@ impl<'a, B: Backend> Planner<'a, B> {
     fn take(&mut self, l: usize, scored: Scored<B::Floats>) -> Result<Vec<LayerId>> {
         let Scored { mut scores, first, mut weighted } = scored;
         // NaN scores are NaN with any weights.
-        self.count_nan(LayerId(l as u32), weighted.as_ref().unwrap_or(&scores))?;
+        let nan = self.backend.count_nan(weighted.as_ref().unwrap_or(&scores))?;
+        match &mut self.deferred {
+            Some(deferred) => deferred.nan.push(nan),
+            None => self.report_nan(LayerId(l as u32), &nan)?,
+        }
         if let Some(weighted) = &mut weighted {
             self.align(l, weighted)?;
         }
@@ -160,8 +175,11 @@ impl<'a, B: Backend> Planner<'a, B> {
         self.settle(l)
     }
 
-    /// Positions that a sequence's heads still hold of a layer, once it has been pushed.
+    /// Positions that a sequence's heads still hold of a layer, once it has been pushed and read back.
     pub fn held(&self, sequence: usize, layer: LayerId) -> Option<Ragged<Position>> {
+        if self.selected(sequence, layer).is_some() {
+            return None;
+        }
         let pushed = self.pushed.get(layer.index())?;
         let state = self.sequences.get(sequence)?;
         let l = layer.index();
@@ -174,11 +192,14 @@ impl<'a, B: Backend> Planner<'a, B> {
     }
 
     /// The plans, one per sequence, once every layer has been pushed.
-    pub fn finish(self) -> Result<Vec<Plan>> {
+    ///
+    /// Errors: layers that are missing; what a [deferred](Self::deferred) planner finds only now.
+    pub fn finish(mut self) -> Result<Vec<Plan>> {
         let layers = self.geometry.layers().len();
         if self.pushed.len() != layers {
             return Err(Error::LayerOrder { expected: self.pushed.len(), got: layers, layers });
         }
+        self.read_back()?;
         let plans = (0..self.sequences.len()).map(|i| {
             let state = &self.sequences[i];
             let kept = (0..layers as u32).filter_map(|l| self.held(i, LayerId(l))).collect();
@@ -232,8 +253,8 @@ impl<'a, B: Backend> Planner<'a, B> {
         Ok(())
     }
 
-    fn count_nan(&mut self, layer: LayerId, rows: &B::Floats) -> Result<()> {
-        let counts = self.backend.count_nan(rows)?;
+    fn report_nan(&mut self, layer: LayerId, counts: &B::Counts) -> Result<()> {
+        let counts = self.backend.counts_to_host(counts)?;
         let count: u64 = counts.iter().sum();
         if count > 0 && !self.policy.config.allow_nan {
             return Err(Error::NanScores { layer, count });
@@ -305,9 +326,16 @@ impl<'a, B: Backend> Planner<'a, B> {
             .flat_map(|s| s.segments[segments(s)].iter().map(|s| (0..s.len).collect()))
             .collect();
         self.pushed.push(Pushed { scores, weighted, kept });
+        if self.deferred.is_none() {
+            self.note_peak(l + 1);
+        }
+    }
+
+    /// Counts what is held of the first `layers` layers.
+    fn note_peak(&mut self, layers: usize) {
         for (i, state) in self.sequences.iter_mut().enumerate() {
             let mut held = 0;
-            for (l, pushed) in self.pushed.iter().enumerate() {
+            for (l, pushed) in self.pushed[..layers].iter().enumerate() {
                 let heads = self.geometry.layers()[l].kv_heads();
                 for h in 0..heads {
                     let kept = pushed.kept.row(i * heads + h);
@@ -350,10 +378,16 @@ impl<'a, B: Backend> Planner<'a, B> {
         }
         let protected = self.protected(&parts);
         let selection = self.select(&parts, contests, &blends, &protected)?;
-        self.keep(&parts, &selection, !last)?;
-        let mut changed: Vec<usize> = parts.into_iter().map(|(m, _)| m).collect();
+        let mut changed: Vec<usize> = parts.iter().map(|(m, _)| *m).collect();
         changed.sort_unstable();
         changed.dedup();
+        match &mut self.deferred {
+            Some(deferred) => deferred.settle(l, parts, selection),
+            None => {
+                let selection = self.backend.selection_to_host(&selection)?;
+                self.keep(&parts, &selection, !last)?;
+            }
+        }
         Ok(changed.into_iter().map(|m| LayerId(m as u32)).collect())
     }
 
@@ -378,7 +412,7 @@ impl<'a, B: Backend> Planner<'a, B> {
         mut contests: Vec<Contest>,
         blends: &[Option<Fraction>],
         protected: &Ragged<Range<u32>>,
-    ) -> Result<Ragged<u32>> {
+    ) -> Result<B::Selection> {
         let backend = self.backend;
         let run = |contests: &[Contest], weighted: bool| {
             let rows: Vec<_> = parts
@@ -405,7 +439,7 @@ impl<'a, B: Backend> Planner<'a, B> {
                 .concat();
         }
         let Some(stage) = &self.policy.config.two_stage else {
-            return backend.selection_to_host(&run(&contests, false)?);
+            return run(&contests, false);
         };
         let budgets = backend.selected(&run(&contests, false)?)?;
         // Of what is free to choose: protected slots are neither stage's merit.
@@ -431,7 +465,7 @@ impl<'a, B: Backend> Planner<'a, B> {
             .map(|(s, &n)| Contest { segments: s..s + 1, budget: n.into(), floors: vec![0] })
             .collect();
         let rows: Vec<_> = weighted.iter().zip(parts).map(|(w, p)| (w, 0..p.1.len())).collect();
-        backend.selection_to_host(&backend.top_k(&TopK { contests: &contests, protected }, &rows)?)
+        backend.top_k(&TopK { contests: &contests, protected }, &rows)
     }
 
     /// Narrows what is held to the selected places; scores follow if they are needed again.

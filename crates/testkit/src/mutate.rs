@@ -245,6 +245,7 @@ impl Backend for Tampered {
     type Storage<'a> = HostSlice<'a>;
     type Floats = Ragged<f32>;
     type Selection = Ragged<u32>;
+    type Counts = Vec<u64>;
 
     pass_on! {
         made zeros(lens: &[u32]) -> Result<Ragged<f32>>;
@@ -274,6 +275,9 @@ impl Backend for Tampered {
     }
     fn to_host(&self, rows: &Ragged<f32>) -> Result<Ragged<f32>> {
         self.cpu.to_host(rows)
+    }
+    fn counts_to_host(&self, counts: &Vec<u64>) -> Result<Vec<u64>> {
+        self.cpu.counts_to_host(counts)
     }
     fn upload(&self, rows: Ragged<f32>) -> Result<Ragged<f32>> {
         Backend::upload(&self.cpu, rows)

@@ -85,6 +85,7 @@ impl Backend for Cpu {
     type Storage<'a> = HostSlice<'a>;
     type Floats = Ragged<f32>;
     type Selection = Ragged<u32>;
+    type Counts = Vec<u64>;
 
     fn zeros(&self, lens: &[u32]) -> Result<Ragged<f32>> {
         Ok(Ragged::filled(lens.iter().map(|&n| n as usize), 0.0))
@@ -104,6 +105,9 @@ impl Backend for Cpu {
     }
     fn count_nan(&self, rows: &Ragged<f32>) -> Result<Vec<u64>> {
         Ok(rows.iter().map(|row| row.iter().filter(|x| x.is_nan()).count() as u64).collect())
+    }
+    fn counts_to_host(&self, counts: &Vec<u64>) -> Result<Vec<u64>> {
+        Ok(counts.clone())
     }
 
     fn window_attention(

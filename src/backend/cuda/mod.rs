@@ -45,6 +45,7 @@ use driver::{Driver, Memory};
 
 pub use floats::Floats;
 pub use output::{Output, RowsMut};
+pub use rows::Counts;
 pub use top_k::Selection;
 
 /// Borrowed elements in device memory.
@@ -169,6 +170,7 @@ impl Backend for Cuda {
     type Storage<'a> = DeviceSlice<'a>;
     type Floats = Floats;
     type Selection = Selection;
+    type Counts = Counts;
 
     fn zeros(&self, lens: &[u32]) -> Result<Floats> {
         Floats::zeroed(self, lens)
@@ -186,8 +188,11 @@ impl Backend for Cuda {
     fn lens(&self, rows: &Floats) -> Vec<u32> {
         rows.lens().to_vec()
     }
-    fn count_nan(&self, rows: &Floats) -> Result<Vec<u64>> {
+    fn count_nan(&self, rows: &Floats) -> Result<Counts> {
         rows::count_nan(self, rows)
+    }
+    fn counts_to_host(&self, counts: &Counts) -> Result<Vec<u64>> {
+        counts.to_host()
     }
 
     fn window_attention(

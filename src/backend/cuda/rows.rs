@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::driver::{Memory, Ptr};
-use super::floats::Table;
+use super::floats::{Sent, Slot, Table};
 use super::launch::{Grid, Kernel};
 use super::views::Positions;
 use super::{Cuda, DeviceLayer, Floats, check};
@@ -88,17 +88,26 @@ fn views(heads: impl Iterator<Item = usize>) -> Vec<u32> {
     std::iter::once(0).chain(ends).collect()
 }
 
-pub(super) fn count_nan(cuda: &Cuda, rows: &Floats) -> Result<Vec<u64>> {
+/// A number per row, on the device.
+pub struct Counts {
+    sent: Sent,
+    counts: Slot<u32>,
+    rows: usize,
+}
+
+impl Counts {
+    pub(super) fn to_host(&self) -> Result<Vec<u64>> {
+        Ok(self.sent.read(self.counts, self.rows)?.into_iter().map(u64::from).collect())
+    }
+}
+
+pub(super) fn count_nan(cuda: &Cuda, rows: &Floats) -> Result<Counts> {
     let mut table = Table::default();
     let counts = table.push(&vec![0u32; rows.lens().len()]);
     let sent = table.send(cuda)?;
-    COUNT_NAN.launch(
-        &cuda.driver,
-        "",
-        grid(rows),
-        (rows.rows(), rows.lengths(), sent.at(counts)),
-    )?;
-    Ok(sent.read(counts, rows.lens().len())?.into_iter().map(u64::from).collect())
+    let arguments = (rows.rows(), rows.lengths(), sent.at(counts));
+    COUNT_NAN.launch(&cuda.driver, "", grid(rows), arguments)?;
+    Ok(Counts { sent, counts, rows: rows.lens().len() })
 }
 
 pub(super) fn scale_norms(

@@ -1,7 +1,7 @@
 //! Attention over several caches at once: the bits of one after the other, at every step of their lives.
 
-use kvbudget::backend::Backend;
 use kvbudget::Error;
+use kvbudget::backend::Backend;
 
 use super::decode::{capture, gpu_on_a_stream};
 use super::lent::Blocks;

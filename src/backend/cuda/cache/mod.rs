@@ -15,6 +15,7 @@ mod attend;
 mod batch;
 mod flat;
 mod paged;
+mod paging;
 mod pool;
 mod recompress;
 mod slots;
