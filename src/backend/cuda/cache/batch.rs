@@ -50,7 +50,7 @@ struct Picks {
 }
 
 impl Batch {
-    /// Waits for the stream.
+    /// The tables of these caches, in this order. Waits for the stream.
     ///
     /// Errors: no cache; caches of different dtypes or head dims.
     pub fn new(members: &[Member<'_>]) -> Result<Self> {
