@@ -251,6 +251,24 @@ pub enum Error {
         /// Pages that are free.
         free: u64,
     },
+    /// A page that is not an engine's to give: beyond the pool, free already, in a cache, or named twice.
+    #[error(
+        "page {page} of {pages} is not the engine's: beyond the pool, free, in a cache, or named twice"
+    )]
+    NotTheEngines {
+        /// The page.
+        page: u32,
+        /// Pages of the pool.
+        pages: u32,
+    },
+    /// Memory that is written while it is used otherwise.
+    #[error("{what} share memory with {with}")]
+    Overlap {
+        /// What is written.
+        what: &'static str,
+        /// What else lies there.
+        with: &'static str,
+    },
     /// A plan that breaks one of its promises (see [`crate::plan::check`]).
     #[error("plan check: {0}")]
     Check(#[from] crate::plan::CheckError),

@@ -13,10 +13,12 @@
 mod buffer;
 mod flat;
 mod paged;
-pub(crate) mod pool;
+pub(crate) mod pages;
+mod pool;
 pub(crate) mod slots;
 mod source;
 
 pub use flat::FlatCache;
 pub use paged::PagedCache;
+pub use pages::Pages;
 pub use pool::PagePool;

@@ -9,11 +9,11 @@ use std::sync::Arc;
 
 use super::buffer::{Buffer, copy_rows, reserved};
 use super::pool::PagePool;
-use super::slots::{Held, Slots, expect, slide};
+use super::slots::{Held, Slots, slide};
 use super::source::{Piece, Source};
 use crate::backend::AttendView;
 use crate::backend::cpu::{HostLayer, HostSlice};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::geometry::LayerShape;
 use crate::ids::Position;
 use crate::ragged::Ragged;
@@ -38,7 +38,7 @@ impl PagedCache {
     /// grow by `slack` slots: their books are reserved now, their pages taken when needed.
     ///
     /// Errors: another number of heads, positions out of order or not held, a pool of another dtype or
-    /// dim, [`OutOfPages`](Error::OutOfPages).
+    /// dim, [`OutOfPages`](crate::Error::OutOfPages).
     pub fn gather(
         pool: &mut PagePool,
         view: &HostLayer<'_>,
@@ -46,21 +46,17 @@ impl PagedCache {
         slack: u32,
     ) -> Result<Self> {
         let source = Source::new(view, kept)?;
-        if source.k.dtype() != pool.dtype() {
-            let (expected, got) = (pool.dtype(), source.k.dtype());
-            return Err(Error::Dtype { what: "layer for a page pool", expected, got });
-        }
-        expect("head dim of a page pool", pool.dim() as usize, source.k.dim())?;
+        pool.check_layer(source.k.dtype(), source.k.dim())?;
         let slots = source.slots(slack)?;
-        let page = pool.page();
-        let pages = |slots: &u32| slots.div_ceil(page) as usize;
-        let tables = slots.capacity.iter().map(|n| reserved("page table", pages(n) as u128));
+        let pages = |&slots: &u32| pool.of_slots(slots) as u128;
+        let tables = slots.capacity.iter().map(|n| reserved("page table", pages(n)));
         let mut tables = tables.collect::<Result<Vec<Vec<u32>>>>()?;
         pool.check_free(slots.lens.iter().map(|n| pages(n) as u64).sum())?;
-        for (table, len) in tables.iter_mut().zip(&slots.lens) {
-            table.extend(pool.take(pages(len)));
+        for (table, &len) in tables.iter_mut().zip(&slots.lens) {
+            let pages = pool.of_slots(len);
+            table.extend(pool.books.take(pages));
         }
-        let cache = Self { tables, page, slots, pool: Arc::clone(pool.tag()) };
+        let cache = Self { tables, page: pool.page(), slots, pool: pool.tag() };
         source.copy(cache.pieces(&mut pool.k), cache.pieces(&mut pool.v));
         Ok(cache)
     }
@@ -91,7 +87,7 @@ impl PagedCache {
     ///
     /// Errors: another number of heads, positions out of order or not held, another pool.
     pub fn compact(&mut self, pool: &mut PagePool, kept: &Ragged<Position>) -> Result<()> {
-        self.check_pool(pool)?;
+        pool.check_owner(&self.pool)?;
         self.slots.check_kept(kept)?;
         let (k, v) = (pool.k.bytes_mut(), pool.v.bytes_mut());
         if kept.total() * self.slots.row_bytes() < PARALLEL_BYTES {
@@ -102,10 +98,9 @@ impl PagedCache {
             rayon::join(|| self.slide(k, kept), || self.slide(v, kept));
         }
         self.slots.keep(kept);
-        for (table, len) in self.tables.iter_mut().zip(&self.slots.lens) {
-            let pages = len.div_ceil(self.page) as usize;
-            pool.give(&table[pages..]);
-            table.truncate(pages);
+        for (table, &len) in self.tables.iter_mut().zip(&self.slots.lens) {
+            let pages = pool.of_slots(len);
+            pool.books.give(table.drain(pages..));
         }
         Ok(())
     }
@@ -127,22 +122,22 @@ impl PagedCache {
     /// Appends `M` tokens: keys and values `[H, M, D]`, at positions `tokens() .. tokens() + M` of every
     /// head. Takes pages where the last one is full. Costs `O(M)` per head and allocates nothing.
     ///
-    /// Errors: other heads, dims, lengths or dtype; [`CacheFull`](Error::CacheFull) beyond the slack of
-    /// [`Self::gather`]; [`OutOfPages`](Error::OutOfPages); another pool.
+    /// Errors: other heads, dims, lengths or dtype; [`CacheFull`](crate::Error::CacheFull) beyond the slack of
+    /// [`Self::gather`]; [`OutOfPages`](crate::Error::OutOfPages); another pool.
     pub fn append(
         &mut self,
         pool: &mut PagePool,
         k: &Rows<'_, HostSlice<'_>>,
         v: &Rows<'_, HostSlice<'_>>,
     ) -> Result<()> {
-        self.check_pool(pool)?;
+        pool.check_owner(&self.pool)?;
         let new = self.slots.check_new(k, v)?;
         let (page, lens) = (self.page, &self.slots.lens);
         let missing = |len: u32| ((len + new).div_ceil(page) - len.div_ceil(page)) as usize;
         pool.check_free(lens.iter().map(|&len| missing(len) as u64).sum())?;
         for (table, &len) in self.tables.iter_mut().zip(lens) {
             // Within the capacity of the table: no allocation.
-            table.extend(pool.take(missing(len)));
+            table.extend(pool.books.take(missing(len)));
         }
         let row = self.slots.row_bytes();
         for (buffer, rows) in [(&mut pool.k, k), (&mut pool.v, v)] {
@@ -165,10 +160,9 @@ impl PagedCache {
     ///
     /// Errors: another pool.
     pub fn release(&mut self, pool: &mut PagePool) -> Result<()> {
-        self.check_pool(pool)?;
+        pool.check_owner(&self.pool)?;
         for table in &mut self.tables {
-            pool.give(table);
-            table.clear();
+            pool.books.give(table.drain(..));
         }
         self.slots.lens.fill(0);
         self.slots.positions.iter_mut().for_each(Vec::clear);
@@ -199,17 +193,10 @@ impl PagedCache {
         &'a self,
         pool: &'a PagePool,
     ) -> Result<(Rows<'a, HostSlice<'a>>, Rows<'a, HostSlice<'a>>)> {
-        self.check_pool(pool)?;
+        pool.check_owner(&self.pool)?;
         let Slots { dim, lens, .. } = &self.slots;
         let rows = |storage| Rows::paged(storage, *dim, self.page, &self.tables, lens);
         Ok((rows(pool.k())?, rows(pool.v())?))
-    }
-
-    fn check_pool(&self, pool: &PagePool) -> Result<()> {
-        if Arc::ptr_eq(&self.pool, pool.tag()) {
-            return Ok(());
-        }
-        Err(Error::Unsupported { what: "page pool", why: "the cache's pages are of another pool" })
     }
 
     /// Pages of each head, in slot order.

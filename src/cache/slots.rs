@@ -10,7 +10,7 @@ use crate::geometry::MAX_LEN;
 use crate::ids::{KvHead, LayerId, Position};
 use crate::plan::CheckError;
 use crate::ragged::Ragged;
-use crate::view::Rows;
+use crate::view::{Rows, Storage};
 
 /// Lengths and positions of the heads of one layer.
 #[derive(Debug)]
@@ -35,27 +35,15 @@ impl Slots {
         kept: &[&[Position]],
         slack: u32,
     ) -> Result<Self> {
-        let what = "slots reserved for a head";
-        let mut slots = Self {
-            dtype,
-            dim,
-            tokens,
-            lens: Vec::with_capacity(kept.len()),
-            capacity: Vec::with_capacity(kept.len()),
-            positions: Vec::with_capacity(kept.len()),
-        };
-        for row in kept {
-            let capacity = row.len() as u64 + u64::from(slack);
-            if capacity > MAX_LEN {
-                return Err(Error::TooLarge { what, got: capacity, limit: MAX_LEN });
-            }
-            let mut positions = reserved(what, u128::from(capacity))?;
+        let capacity = with_slack(kept.iter().map(|row| row.len()), slack)?;
+        let lens = kept.iter().map(|row| row.len() as u32).collect();
+        let list = |(row, &capacity): (&&[Position], &u32)| {
+            let mut positions = reserved(RESERVED, capacity.into())?;
             positions.extend_from_slice(row);
-            slots.lens.push(row.len() as u32);
-            slots.capacity.push(capacity as u32);
-            slots.positions.push(positions);
-        }
-        Ok(slots)
+            Ok(positions)
+        };
+        let positions = kept.iter().zip(&capacity).map(list).collect::<Result<_>>()?;
+        Ok(Self { dtype, dim, tokens, lens, capacity, positions })
     }
 
     /// Slots in use by all heads.
@@ -93,31 +81,19 @@ impl Slots {
         k: &Rows<'_, HostSlice<'_>>,
         v: &Rows<'_, HostSlice<'_>>,
     ) -> Result<u32> {
-        for (what, rows) in [("new keys", k), ("new values", v)] {
-            if rows.dtype() != self.dtype {
-                return Err(Error::Dtype { what, expected: self.dtype, got: rows.dtype() });
-            }
-            expect("heads of new keys and values", self.lens.len(), rows.heads())?;
-            expect("head dim of new keys and values", self.dim as usize, rows.dim())?;
-        }
-        let new = k.len(0);
-        let tokens = u64::from(self.tokens) + new as u64;
+        let new = new_rows((self.dtype, self.dim), self.lens.len(), k, v)?;
+        let tokens = u64::from(self.tokens) + u64::from(new);
         if tokens > MAX_LEN {
-            return Err(Error::TooLarge {
-                what: "tokens of a sequence",
-                got: tokens,
-                limit: MAX_LEN,
-            });
+            let (what, got) = ("tokens of a sequence", tokens);
+            return Err(Error::TooLarge { what, got, limit: MAX_LEN });
         }
         for (h, (&len, &capacity)) in self.lens.iter().zip(&self.capacity).enumerate() {
-            expect("new keys of a head", new, k.len(h))?;
-            expect("new values of a head", new, v.len(h))?;
-            let (len, capacity, new) = (u64::from(len), u64::from(capacity), new as u64);
+            let (len, capacity, new) = (u64::from(len), u64::from(capacity), u64::from(new));
             if len + new > capacity {
                 return Err(Error::CacheFull { head: KvHead(h as u32), len, capacity, new });
             }
         }
-        Ok(new as u32)
+        Ok(new)
     }
 
     /// Enters `new` tokens, which were checked.
@@ -130,6 +106,39 @@ impl Slots {
         }
         self.tokens = end;
     }
+}
+
+const RESERVED: &str = "slots reserved for a head";
+
+/// Capacities of heads that hold `lens` slots and `slack` more.
+pub(crate) fn with_slack(lens: impl Iterator<Item = usize>, slack: u32) -> Result<Vec<u32>> {
+    let room = |len: usize| match len as u64 + u64::from(slack) {
+        got if got > MAX_LEN => Err(Error::TooLarge { what: RESERVED, got, limit: MAX_LEN }),
+        got => Ok(got as u32),
+    };
+    lens.map(room).collect()
+}
+
+/// Checks rows `[H, M, D]` of new tokens for a cache of so many heads; `M`.
+pub(crate) fn new_rows<S: Storage>(
+    (dtype, dim): (Dtype, u32),
+    heads: usize,
+    k: &Rows<'_, S>,
+    v: &Rows<'_, S>,
+) -> Result<u32> {
+    for (what, rows) in [("new keys", k), ("new values", v)] {
+        if rows.dtype() != dtype {
+            return Err(Error::Dtype { what, expected: dtype, got: rows.dtype() });
+        }
+        expect("heads of new keys and values", heads, rows.heads())?;
+        expect("head dim of new keys and values", dim as usize, rows.dim())?;
+    }
+    let new = k.len(0);
+    for h in 0..heads {
+        expect("new keys of a head", new, k.len(h))?;
+        expect("new values of a head", new, v.len(h))?;
+    }
+    Ok(new as u32)
 }
 
 /// Where a head's positions are to be found.

@@ -30,13 +30,18 @@ impl Lists {
     }
 
     /// Copies rows to the device.
-    pub(super) fn upload(cuda: &Cuda, what: &'static str, rows: &[Vec<u32>]) -> Result<Self> {
+    pub(super) fn upload(cuda: &Cuda, what: &'static str, rows: &[&[u32]]) -> Result<Self> {
         let lens: Vec<u32> = rows.iter().map(|row| row.len() as u32).collect();
         let lists = Self::new(cuda, what, &lens)?;
-        for (row, &start) in rows.iter().zip(&lists.starts) {
-            lists.memory.write(start, row)?;
+        for (r, row) in rows.iter().enumerate() {
+            lists.write(r, row)?;
         }
         Ok(lists)
+    }
+
+    /// Overwrites the first entries of a row.
+    pub(super) fn write(&self, row: usize, entries: &[u32]) -> Result<()> {
+        self.memory.write(self.starts[row], entries)
     }
 
     /// Address of each row, on the device.

@@ -19,6 +19,7 @@ mod lag;
 mod launch;
 mod lists;
 mod mass_count;
+mod output;
 mod pool;
 mod ptx;
 mod rank;
@@ -44,6 +45,7 @@ use crate::view::{LayerView, Storage};
 use driver::{Driver, Memory};
 
 pub use floats::Floats;
+pub use output::{Output, RowsMut};
 pub use rows::Counts;
 pub use top_k::Selection;
 
@@ -66,6 +68,12 @@ impl DeviceSlice<'_> {
     #[allow(unsafe_code, reason = "the promise that every launch relies on")]
     pub unsafe fn new(address: u64, elements: usize, dtype: Dtype) -> Self {
         Self { address, elements, dtype, lender: PhantomData }
+    }
+
+    /// Without the lender's lifetime, for holders who see to it themselves.
+    fn forever(self) -> DeviceSlice<'static> {
+        let Self { address, elements, dtype, .. } = self;
+        DeviceSlice { address, elements, dtype, lender: PhantomData }
     }
 
     /// All elements of an allocation of ours.

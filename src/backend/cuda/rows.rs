@@ -35,8 +35,8 @@ const SHARE_HEADS: Kernel<(Ptr<Ptr<f32>>, Ptr<u32>, Ptr<u32>)> = Kernel::new("ro
 const COARSEN: Kernel<(Ptr<Ptr<f32>>, Ptr<u32>, Ptr<Ptr<f32>>, Ptr<[u32; 2]>, Ptr<u64>)> =
     Kernel::new("rows", "coarsen");
 /// Out, its lengths, rows, slots, where each row's slots start.
-const PICK: Kernel<(Ptr<Ptr<f32>>, Ptr<u32>, Ptr<Ptr<f32>>, Ptr<u32>, Ptr<u64>)> =
-    Kernel::new("rows", "pick");
+type Pick = (Ptr<Ptr<f32>>, Ptr<u32>, Ptr<Ptr<f32>>, Ptr<u32>, Ptr<u64>);
+const PICK: Kernel<Pick> = Kernel::new("rows", "pick");
 
 /// Entries that a block of an elementwise kernel takes.
 const TILE: u32 = 1024;
@@ -198,8 +198,13 @@ pub(super) fn pick(cuda: &Cuda, slots: &Ragged<u32>, rows: &Floats) -> Result<Fl
     let (all, offsets) = (table.push(slots.data()), table.push(&offsets(slots)));
     let sent = table.send(cuda)?;
     let arguments = (out.rows(), out.lengths(), rows.rows(), sent.at(all), sent.at(offsets));
-    PICK.launch(&cuda.driver, "", grid(&out), arguments)?;
+    launch_pick(cuda, out.longest(), out.lens().len(), arguments)?;
     Ok(out)
+}
+
+/// Picks words of `rows` rows, `longest` at most of each: a launch and nothing else.
+pub(super) fn launch_pick(cuda: &Cuda, longest: u32, rows: usize, arguments: Pick) -> Result<()> {
+    PICK.launch(&cuda.driver, "", tiles(longest, rows), arguments)
 }
 
 fn lens<T>(rows: &Ragged<T>) -> Vec<u32> {

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
 
+use super::driver::Ptr;
 use super::floats::{Slot, Table};
 use super::{DeviceLayer, DeviceSlice};
 use crate::dtype::Dtype;
@@ -40,6 +41,15 @@ impl HeadRows {
         let shift = u32::BITS - (page - 1).leading_zeros();
         let magic = (1u64 << (31 + shift)).div_ceil(page.into()) as u32;
         Self { base, stride: row as i64, table: table as i64, page, magic, shift, unused: 0 }
+    }
+
+    /// With its table, if it has one, among tables that start at `pages`, counted from address zero: heads whose tables lie in
+    /// different allocations may then meet in one launch.
+    pub(super) fn with_absolute_table(mut self, pages: Ptr<u32>) -> Self {
+        if self.table >= 0 {
+            self.table += (pages.address / size_of::<u32>() as u64) as i64;
+        }
+        self
     }
 }
 

@@ -8,6 +8,7 @@ use kvbudget::backend::Backend;
 use kvbudget::backend::ops::{Contest, Pool, Pooling, Reduce, TopK, WindowAttention};
 use kvbudget::{Error, Storage};
 
+use super::lent::Blocks;
 use super::*;
 
 const GROUP: u32 = 2;
@@ -47,7 +48,7 @@ impl Step {
 
 const OP: Attend = Attend { scale: 0.125 };
 
-fn config() -> Recompress {
+pub fn config() -> Recompress {
     let score = WindowAttention {
         window: WINDOW,
         over_window: Reduce::Mean,
@@ -156,23 +157,31 @@ impl Decoder {
 }
 
 /// What is captured, as a graph.
-fn capture(stream: &Arc<CudaStream>, work: impl FnOnce()) -> cudarc::driver::CudaGraph {
+pub fn capture(stream: &Arc<CudaStream>, work: impl FnOnce()) -> cudarc::driver::CudaGraph {
     stream.begin_capture(Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
     work();
     stream.end_capture(Flags(0)).unwrap().unwrap()
 }
 
+/// A device whose work goes to a stream that may be captured.
 #[allow(unsafe_code, reason = "the stream is the test's")]
-fn decode(shape: Shape, page: Option<u32>, config: &Recompress) {
+pub fn gpu_on_a_stream() -> (Arc<CudaStream>, Gpu) {
     simcuda::install();
     let ordinal = simcuda::device();
     let context = CudaContext::new(ordinal).unwrap();
     let stream = context.new_stream().unwrap();
     // SAFETY: a stream of the device's primary context, which outlives the test's use of it.
     let cuda = unsafe { Cuda::on_stream(ordinal, stream.cu_stream().cast()) }.unwrap();
-    let gpu = Gpu { cuda, ordinal };
+    (stream, Gpu { cuda, ordinal })
+}
+
+fn decode(shape: Shape, page: Option<u32>, blocks: Option<Blocks>, config: &Recompress) {
+    let (stream, gpu) = gpu_on_a_stream();
     let mut random = Random(u64::from(shape.dim));
     let mut twins = Twins::new(&gpu, shape, &mut random, (90, 80, 60), Place::TokensFirst, page);
+    if let Some(blocks) = blocks {
+        twins.move_to_engine(&gpu, blocks);
+    }
     // Heads that `some_of` emptied have no last tokens: grow all by a window first.
     twins.append(&gpu, &mut random, 12, Place::TokensFirst);
     let mut decoder = Decoder::new(&gpu, &twins);
@@ -211,16 +220,22 @@ fn decode(shape: Shape, page: Option<u32>, config: &Recompress) {
 
 #[test]
 fn graphs_replay_while_lengths_grow() {
-    decode(Shape { heads: 3, dim: 64, dtype: Dtype::BF16 }, None, &config());
-    decode(Shape { heads: 2, dim: 128, dtype: Dtype::F16 }, Some(16), &config());
+    decode(Shape { heads: 3, dim: 64, dtype: Dtype::BF16 }, None, None, &config());
+    decode(Shape { heads: 2, dim: 128, dtype: Dtype::F16 }, Some(16), None, &config());
+}
+
+#[test]
+fn graphs_over_an_engines_pages() {
+    let shape = Shape { heads: 2, dim: 64, dtype: Dtype::BF16 };
+    decode(shape, Some(8), Some(Blocks::Together), &config());
 }
 
 #[test]
 fn graphs_of_other_budgets() {
     let per_head = Recompress { budget: Share::PerHead(40), pool: None, ..config() };
-    decode(Shape { heads: 2, dim: 40, dtype: Dtype::F32 }, Some(7), &per_head);
+    decode(Shape { heads: 2, dim: 40, dtype: Dtype::F32 }, Some(7), None, &per_head);
     let maxima = Recompress { pool: Some((Pooling::Max, 5)), ..config() };
-    decode(Shape { heads: 2, dim: 96, dtype: Dtype::BF16 }, None, &maxima);
+    decode(Shape { heads: 2, dim: 96, dtype: Dtype::BF16 }, None, None, &maxima);
 }
 
 #[test]

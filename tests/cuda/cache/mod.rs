@@ -1,17 +1,21 @@
 //! Caches on the device against those on the host, and what only a device has: counters instead of errors, graphs.
 
+mod batch;
 mod decode;
 pub mod drives;
 mod errors;
 mod histories;
+mod lent;
+mod outputs;
 mod sectors;
 mod selected;
 
 use kvbudget::backend::cpu::{Cpu, HostLayer, HostSlice};
 use kvbudget::backend::cuda::cache::{
-    FlatCache, Order, PagePool, PagedCache, Recompress, Recompression, Share, Snapshot, Workspace,
+    Batch, FlatCache, Member, Order, PagePool, PagedCache, Recompress, Recompression, Share,
+    Snapshot, Workspace,
 };
-use kvbudget::backend::cuda::{Cuda, DeviceLayer, DeviceSlice, Floats, Selection};
+use kvbudget::backend::cuda::{self, Cuda, DeviceLayer, DeviceSlice, Floats, Output, Selection};
 use kvbudget::backend::ops::Attend;
 use kvbudget::{Dtype, LayerShape, LayerView, Position, Ragged, Result, Rows, cache};
 use kvbudget_testkit::data::{Place, Tensor, with_rows};
@@ -167,17 +171,24 @@ impl Cache {
         .unwrap()
     }
 
-    pub fn attend(
+    pub fn attend<'a>(
         &self,
         op: &Attend,
         q: &Rows<'_, DeviceSlice<'_>>,
-        out: &mut Floats,
+        out: impl Into<Output<'a>>,
         lse: Option<&mut Floats>,
         workspace: &mut Workspace,
     ) -> Result<()> {
         match self {
             Self::Flat(cache) => cache.attend(op, q, out, lse, workspace),
             Self::Paged(cache, pool) => cache.attend(pool, op, q, out, lse, workspace),
+        }
+    }
+
+    pub fn member(&self) -> Member<'_> {
+        match self {
+            Self::Flat(cache) => cache.member(),
+            Self::Paged(cache, pool) => cache.member(pool).unwrap(),
         }
     }
 
@@ -228,6 +239,8 @@ pub struct Twins {
     pub device: Cache,
     pub host: cache::FlatCache,
     pub ascending: bool,
+    /// What the device's cache lies in, if that is not its own.
+    pub engine: Vec<cuda::Tensor>,
 }
 
 /// Room that no test fills.
@@ -255,7 +268,7 @@ impl Twins {
             let view = LayerView::new(shape.layer(), len, rows[0], rows[1]).unwrap();
             Cache::gather(&gpu.cuda, &view, &kept, slack, page).unwrap()
         });
-        let twins = Self { shape, device, host, ascending: true };
+        let twins = Self { shape, device, host, ascending: true, engine: vec![] };
         twins.compare();
         twins
     }

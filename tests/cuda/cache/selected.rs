@@ -65,7 +65,7 @@ pub fn selected(gpu: &Gpu, shape: Shape, page: Option<u32>) {
             }
         }
     });
-    let mut twins = Twins { shape, device, host, ascending: true };
+    let mut twins = Twins { shape, device, host, ascending: true, engine: vec![] };
     twins.compare();
     for order in [Order::Ascending, Order::Any] {
         twins.append(gpu, &mut random, 7, Place::HeadsFirst);

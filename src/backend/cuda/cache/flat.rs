@@ -5,12 +5,15 @@
 
 use super::super::driver::Memory;
 use super::super::views::HeadRows;
-use super::super::{Cuda, DeviceLayer, DeviceSlice, Floats, Selection};
+use super::super::{Cuda, DeviceLayer, DeviceSlice, Floats, Output, Selection};
 use super::attend::Workspace;
+use super::batch::Member;
 use super::recompress::{Recompress, Recompression};
-use super::slots::{self, Chosen, Order, Places, Slots};
+use super::slots::{Places, Slots, row_bytes};
 use super::snapshot::{Place, Snapshot};
+use super::thin::{Chosen, Order, kept_of_view, slots_of_view};
 use crate::backend::ops::Attend;
+use crate::cache::slots::with_slack;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::ids::Position;
@@ -38,8 +41,8 @@ impl FlatCache {
         kept: &Ragged<Position>,
         slack: u32,
     ) -> Result<Self> {
-        let chosen = Chosen::upload(cuda, &slots::slots_of_view(view, kept)?)?;
-        let capacity = slots::with_slack(kept.lens(), slack)?;
+        let chosen = Chosen::upload(cuda, &slots_of_view(view, kept)?)?;
+        let capacity = with_slack(kept.lens(), slack)?;
         let cache = Self::new(cuda, view, capacity)?;
         cache.slots.fill_from(view, chosen.kept())?;
         Ok(cache)
@@ -57,7 +60,7 @@ impl FlatCache {
         first: usize,
         capacity: &[u32],
     ) -> Result<Self> {
-        let kept = slots::kept_of_view(view, selection, first, capacity)?;
+        let kept = kept_of_view(view, selection, first, capacity)?;
         let cache = Self::new(cuda, view, capacity.to_vec())?;
         cache.slots.fill_from(view, kept)?;
         Ok(cache)
@@ -69,7 +72,7 @@ impl FlatCache {
     }
 
     fn empty(cuda: &Cuda, of: (Dtype, u32), tokens: u32, capacity: Vec<u32>) -> Result<Self> {
-        let row = slots::row_bytes(of.0, of.1);
+        let row = row_bytes(of.0, of.1);
         let mut end = 0;
         let mut starts = Vec::with_capacity(capacity.len());
         for &n in &capacity {
@@ -116,7 +119,7 @@ impl FlatCache {
     /// Errors: more slots than memory.
     pub fn repack(&mut self, slack: u32) -> Result<()> {
         let seen = self.slots.read()?;
-        let capacity = slots::with_slack(seen.lens.iter().map(|&n| n as usize), slack)?;
+        let capacity = with_slack(seen.lens.iter().map(|&n| n as usize), slack)?;
         let of = (self.slots.dtype, self.slots.dim);
         let mut packed = Self::empty(&self.slots.cuda, of, seen.tokens, capacity)?;
         packed.slots.take_all(&self.slots, seen.lens.iter().copied().max().unwrap_or(0))?;
@@ -144,23 +147,29 @@ impl FlatCache {
     ///
     /// Errors: query heads that are no positive multiple of the cache's heads.
     pub fn attend_bytes(&self, query_heads: usize, tokens: u32) -> Result<usize> {
-        self.slots.attend_bytes(query_heads, tokens)
+        self.slots.over().bytes(query_heads, tokens)
     }
 
     /// Attention of queries `[Hq, M, D]` at fixed strides, of the newest `M` tokens, over what the cache holds when the
-    /// stream gets there: as [`Backend::attend`](crate::backend::Backend::attend), `out` has `Hq` rows of `M·D`, `lse`,
-    /// if given, `Hq` rows of `M`. Launches only: it may be captured, and replayed while lengths grow.
+    /// stream gets there, as [`Backend::attend`](crate::backend::Backend::attend) has it: to [`Floats`] or to an engine's rows
+    /// ([`Output`]); `lse`, if given, has `Hq` rows of `M`. Launches only: it may be captured, and replayed while lengths grow.
     ///
-    /// Errors: shapes or dtypes that do not fit, head dims beyond 256, a workspace below [`Self::attend_bytes`].
-    pub fn attend(
+    /// Errors: shapes or dtypes that do not fit, outputs in the memory of inputs, head dims beyond 256, a workspace below
+    /// [`Self::attend_bytes`].
+    pub fn attend<'a>(
         &self,
         op: &Attend,
         q: &Rows<'_, DeviceSlice<'_>>,
-        out: &mut Floats,
+        out: impl Into<Output<'a>>,
         lse: Option<&mut Floats>,
         workspace: &mut Workspace,
     ) -> Result<()> {
-        self.slots.attend(op, q, out, lse, workspace)
+        self.slots.over().attend(&[self.k(), self.v()], op, q, &out.into(), lse, workspace)
+    }
+
+    /// This cache as one of a [`Batch`](super::Batch).
+    pub fn member(&self) -> Member<'_> {
+        Member { slots: &self.slots, memory: [self.k(), self.v()] }
     }
 
     /// Prepares [`Self::recompress`], for this cache and others of the same shape and capacities.

@@ -1,31 +1,19 @@
 //! The books of a cache on the device: lengths, positions and counters, which kernels read and write, and what the host
 //! knows without asking: capacities. Flat and paged caches differ in where rows lie, and in nothing written here.
 
-use super::super::driver::{Memory, Ptr};
+use std::sync::Arc;
+
+use super::super::driver::Memory;
 use super::super::floats::{Sent, Slot, Table};
-use super::super::gather::{COUNTERS, Held, Kept, REFUSED, SEEN, Source};
+use super::super::gather::{COUNTERS, Held, REFUSED, SEEN, Source};
 use super::super::lists::Lists;
-use super::super::selection::Cut;
-use super::super::views::{HeadRows, Heads};
-use super::super::{Cuda, DeviceLayer, DeviceSlice, Selection, append, gather};
-use crate::cache::slots as host;
+use super::super::views::HeadRows;
+use super::super::{Cuda, DeviceSlice, append, gather};
+use crate::cache::slots::new_rows;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::geometry::MAX_LEN;
 use crate::ids::{KvHead, Position};
-use crate::ragged::Ragged;
 use crate::view::Rows;
-
-/// What becomes of the order of slots when a cache is thinned in place.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Order {
-    /// Rows slide down and stay ascending by position, as everything that looks at neighbours or at "the last slots"
-    /// wants: scoring again, pooling, protection.
-    Ascending,
-    /// The last rows go into the holes: fewer rows move and no block waits for another. Attention does not mind. From
-    /// then on the cache cannot be scored, and the last bits of attention depend on the order.
-    Any,
-}
 
 pub(super) struct Slots {
     pub(super) cuda: Cuda,
@@ -36,7 +24,7 @@ pub(super) struct Slots {
     /// Slots that each head may ever reach: what sizes workspaces and grids, so that captured launches stay right.
     pub(super) bounds: Vec<u32>,
     /// Whether slots ascend by position.
-    ascending: bool,
+    pub(super) ascending: bool,
     positions: Lists,
     books: Sent,
     lengths: Slot<u32>,
@@ -46,8 +34,10 @@ pub(super) struct Slots {
     values: Slot<HeadRows>,
     pages: Slot<u32>,
     /// States of the tiles of an ordered compaction.
-    states: Memory,
+    pub(super) states: Memory,
     units: u32,
+    /// Tells these books from others: batches hold a clone.
+    pub(super) tag: Arc<()>,
 }
 
 /// Where the rows of a cache lie: per head, and the page tables.
@@ -92,7 +82,7 @@ impl Slots {
         #[rustfmt::skip]
         return Ok(Self {
             cuda, dtype, dim, capacity, bounds, ascending, positions, books, lengths, capacities, counters, keys, values, pages,
-            states, units,
+            states, units, tag: Arc::new(()),
         });
     }
 
@@ -122,94 +112,6 @@ impl Slots {
         row_bytes(self.dtype, self.dim)
     }
 
-    /// Copies the kept slots of a view here.
-    pub(super) fn fill_from(&self, view: &DeviceLayer<'_>, kept: Kept) -> Result<()> {
-        let mut heads = Heads::default();
-        heads.push("keys", view.k())?;
-        heads.push("values", view.v())?;
-        let mut table = Table::default();
-        let slots = heads.into_table(&mut table);
-        let sent = table.send(&self.cuda)?;
-        let positions = view.positions().map(|positions| {
-            let rows: Vec<Vec<u32>> = positions.iter().map(|row| numbers(row)).collect();
-            Lists::upload(&self.cuda, "positions of a view", &rows)
-        });
-        let positions = positions.transpose()?;
-        let keys = sent.at(slots.rows);
-        let from = Source {
-            keys,
-            values: keys.add(self.capacity.len()),
-            pages: sent.at(slots.pages),
-            positions: positions.as_ref().map_or(Ptr::NULL, Lists::rows),
-        };
-        gather::gather(&self.cuda, from, self.held(), kept)
-    }
-
-    /// Thins the heads in place.
-    pub(super) fn thin(&mut self, kept: Kept, order: Order) -> Result<()> {
-        match order {
-            Order::Ascending => gather::slide(&self.cuda, self.held(), kept, &self.states),
-            Order::Any => {
-                gather::fill(&self.cuda, self.held(), kept)?;
-                self.ascending = false;
-                Ok(())
-            }
-        }
-    }
-
-    /// Thins the heads to `kept` positions, which are checked, in place.
-    pub(super) fn compact(&mut self, kept: &Ragged<Position>, order: Order) -> Result<()> {
-        let chosen = Chosen::upload(&self.cuda, &self.slots_of(kept)?)?;
-        self.thin(chosen.kept(), order)
-    }
-
-    /// Thins the heads to selected slots in place.
-    pub(super) fn compact_selected(
-        &mut self,
-        selection: &Selection,
-        first: usize,
-        order: Order,
-    ) -> Result<()> {
-        let segments = selected(selection, first, self.capacity.len())?;
-        let mut most = 0;
-        for (&capacity, &(len, bound)) in self.capacity.iter().zip(segments) {
-            // Slots of scores that are older or newer than the cache may be wrong, but lie in its memory.
-            if len > capacity {
-                let (what, expected) = ("slots of a selected segment", capacity.into());
-                return Err(Error::Shape { what, expected, got: len.into() });
-            }
-            most = most.max(bound);
-        }
-        self.thin(kept_of(selection, first, most), order)
-    }
-
-    /// Copies all slots of another cache, whose heads hold `most` at most.
-    pub(super) fn take_all(&mut self, from: &Self, most: u32) -> Result<()> {
-        let source = from.held();
-        let kept = Kept { cuts: Ptr::NULL, slots: Ptr::NULL, counts: source.lengths, most };
-        gather::gather(&self.cuda, source.rows, self.held(), kept)?;
-        self.ascending = from.ascending;
-        Ok(())
-    }
-
-    /// The slots of `kept` positions, which are checked.
-    fn slots_of(&self, kept: &Ragged<Position>) -> Result<Vec<Vec<u32>>> {
-        host::expect("heads of the kept positions", self.capacity.len(), kept.rows())?;
-        let seen = self.read()?;
-        let slots = |(h, held): (usize, &Vec<Position>)| {
-            // Slots by position; the identity while they ascend.
-            let mut order: Vec<usize> = (0..held.len()).collect();
-            order.sort_by_key(|&slot| held[slot]);
-            let sorted: Vec<Position> = order.iter().map(|&slot| held[slot]).collect();
-            let places = slots_of(host::Held::At(&sorted), h, kept.row(h), seen.tokens)?;
-            let mut slots: Vec<u32> =
-                places.into_iter().map(|place| order[place as usize] as u32).collect();
-            slots.sort_unstable();
-            Ok(slots)
-        };
-        seen.positions.iter().enumerate().map(slots).collect()
-    }
-
     /// Checks new rows `[H, M, D]` and appends them.
     pub(super) fn append(
         &mut self,
@@ -217,22 +119,11 @@ impl Slots {
         v: &Rows<'_, DeviceSlice<'_>>,
     ) -> Result<()> {
         let heads = self.capacity.len();
-        for (what, rows) in [("new keys", k), ("new values", v)] {
-            if rows.dtype() != self.dtype {
-                return Err(Error::Dtype { what, expected: self.dtype, got: rows.dtype() });
-            }
-            host::expect("heads of new keys and values", heads, rows.heads())?;
-            host::expect("head dim of new keys and values", self.dim as usize, rows.dim())?;
-        }
-        let new = k.len(0);
-        for h in 0..heads {
-            host::expect("new keys of a head", new, k.len(h))?;
-            host::expect("new values of a head", new, v.len(h))?;
-        }
+        let new = new_rows((self.dtype, self.dim), heads, k, v)?;
         if new == 0 {
             return Ok(());
         }
-        append::append(&self.cuda, k, v, new as u32, self.held())
+        append::append(&self.cuda, k, v, new, self.held())
     }
 
     /// Waits for the stream, then reads lengths.
@@ -285,6 +176,25 @@ impl Slots {
         self.books.write(self.capacities, 0, &self.capacity)
     }
 
+    /// Enters slots whose rows are there.
+    pub(super) fn enter(&self, positions: &[Vec<Position>]) -> Result<()> {
+        for (h, row) in positions.iter().enumerate() {
+            self.positions.write(h, bytemuck::cast_slice(row))?;
+        }
+        let lens: Vec<u32> = positions.iter().map(|row| row.len() as u32).collect();
+        self.books.write(self.lengths, 0, &lens)
+    }
+
+    /// Waits for the stream, then reads where keys and values lie, with page tables counted from address zero.
+    pub(super) fn places(&self) -> Result<[Vec<HeadRows>; 2]> {
+        let pages = self.books.at(self.pages);
+        let read = |slot| -> Result<Vec<HeadRows>> {
+            let rows = self.books.read::<HeadRows>(slot, self.capacity.len())?.into_iter();
+            Ok(rows.map(|row| row.with_absolute_table(pages)).collect())
+        };
+        Ok([read(self.keys)?, read(self.values)?])
+    }
+
     /// Forgets all slots.
     pub(super) fn clear(&self) -> Result<()> {
         self.books.write(self.lengths, 0, &vec![0u32; self.capacity.len()])
@@ -293,98 +203,4 @@ impl Slots {
 
 pub(super) fn row_bytes(dtype: Dtype, dim: u32) -> u64 {
     u64::from(dim) * dtype.size() as u64
-}
-
-fn numbers(positions: &[Position]) -> Vec<u32> {
-    positions.iter().map(|p| p.0).collect()
-}
-
-/// Slots of ascending positions, which are checked.
-fn slots_of(held: host::Held<'_>, head: usize, kept: &[Position], tokens: u32) -> Result<Vec<u32>> {
-    held.check(head, kept, tokens)?;
-    let moves = held.moves(kept, 0, kept.len());
-    Ok(moves.flat_map(|m| m.from as u32..(m.from + m.rows) as u32).collect())
-}
-
-/// Slots that the host chose, on the device.
-pub(super) struct Chosen {
-    sent: Sent,
-    cuts: Slot<Cut>,
-    slots: Slot<u32>,
-    most: u32,
-}
-
-impl Chosen {
-    pub(super) fn upload(cuda: &Cuda, rows: &[Vec<u32>]) -> Result<Self> {
-        let (mut table, mut start) = (Table::default(), 0);
-        let cut = |row: &Vec<u32>| {
-            start += row.len();
-            Cut::chosen(start - row.len(), row.len())
-        };
-        let cuts = table.push(&rows.iter().map(cut).collect::<Vec<_>>());
-        let slots = table.push(&rows.concat());
-        let most = rows.iter().map(|row| row.len() as u32).max().unwrap_or(0);
-        Ok(Self { sent: table.send(cuda)?, cuts, slots, most })
-    }
-
-    pub(super) fn kept(&self) -> Kept {
-        let (cuts, slots) = (self.sent.at(self.cuts), self.sent.at(self.slots));
-        Kept { cuts, slots, counts: Ptr::NULL, most: self.most }
-    }
-}
-
-/// Segments `first ..` of a selection: their slots, and how many they keep at most.
-fn selected(selection: &Selection, first: usize, heads: usize) -> Result<&[(u32, u32)]> {
-    let all = selection.segments();
-    let end = first.saturating_add(heads);
-    host::expect("segments of a selection", all.len().max(end), all.len())?;
-    Ok(&all[first..end])
-}
-
-fn kept_of(selection: &Selection, first: usize, most: u32) -> Kept {
-    let (cuts, slots) = (selection.cuts().add(first), selection.positions());
-    Kept { cuts, slots, counts: Ptr::NULL, most }
-}
-
-/// What is selected of a view, for heads of these capacities.
-pub(super) fn kept_of_view(
-    view: &DeviceLayer<'_>,
-    selection: &Selection,
-    first: usize,
-    capacity: &[u32],
-) -> Result<Kept> {
-    let heads = view.k().heads();
-    host::expect("capacities of heads", heads, capacity.len())?;
-    let mut most = 0;
-    for (h, &(len, bound)) in selected(selection, first, heads)?.iter().enumerate() {
-        host::expect("slots of a selected segment", view.k().len(h), len as usize)?;
-        most = most.max(bound.min(capacity[h]));
-    }
-    with_slack(capacity.iter().map(|&n| n as usize), 0)?;
-    Ok(kept_of(selection, first, most))
-}
-
-/// The slots of kept positions of a view, which are checked.
-pub(super) fn slots_of_view(
-    view: &DeviceLayer<'_>,
-    kept: &Ragged<Position>,
-) -> Result<Vec<Vec<u32>>> {
-    host::expect("heads of the kept positions", view.k().heads(), kept.rows())?;
-    let slots = |(h, row): (usize, &[Position])| {
-        let dense = host::Held::Dense(view.k().len(h));
-        let held = view.positions().map_or(dense, |positions| host::Held::At(&positions[h]));
-        slots_of(held, h, row, view.tokens())
-    };
-    kept.iter().enumerate().map(slots).collect()
-}
-
-/// Capacities of heads that hold `lens` slots and `slack` more.
-pub(super) fn with_slack(lens: impl Iterator<Item = usize>, slack: u32) -> Result<Vec<u32>> {
-    let room = |len: usize| match len as u64 + u64::from(slack) {
-        got if got > MAX_LEN => {
-            Err(Error::TooLarge { what: "slots reserved for a head", got, limit: MAX_LEN })
-        }
-        got => Ok(got as u32),
-    };
-    lens.map(room).collect()
 }
