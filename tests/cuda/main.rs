@@ -5,6 +5,7 @@ mod cache;
 mod device;
 mod errors;
 mod mutants;
+mod pooled;
 mod reference;
 mod speed;
 mod window_attention;
