@@ -4,6 +4,7 @@ mod bits;
 mod cache;
 mod device;
 mod errors;
+mod launched;
 mod mutants;
 mod pooled;
 mod reference;

@@ -102,6 +102,18 @@ pub fn maxima(gpu: &Gpu) {
     Case::new(&[4300, 70, 4096], &[2, 1], Scores::Extremes, 32, 1).check(gpu, Pooling::Max, 7);
 }
 
+/// So many segments that a block takes two tiles of a row.
+pub fn crowd(gpu: &Gpu) {
+    let mut lens = vec![1; 600];
+    lens[300] = 8200;
+    Case::new(&lens, &[600], Scores::Random, 3, 1).check(gpu, Pooling::Avg, 5);
+}
+
+#[test]
+fn blocks_of_two_tiles_pool_both() {
+    crowd(&Gpu::new());
+}
+
 #[test]
 fn pooled_selections_are_those_of_pooled_rows() {
     values(&Gpu::new());

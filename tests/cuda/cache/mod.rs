@@ -5,7 +5,7 @@ pub mod drives;
 mod errors;
 mod histories;
 mod sectors;
-mod selected;
+pub mod selected;
 
 use kvbudget::backend::cpu::{Cpu, HostLayer, HostSlice};
 use kvbudget::backend::cuda::cache::{

@@ -4,10 +4,10 @@
 use std::ops::Range;
 
 use super::*;
+use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Floats;
 use crate::backend::cuda::driver::Memory;
-use crate::backend::Backend;
 use crate::backend::ops::{Pool, TopK};
 
 /// The last `n` slots.
