@@ -13,7 +13,7 @@
 // Counts only, so that ties cost nothing and no order of blocks is visible.
 //
 //   top_k_level_0   reads the scores: counts of first digits, of which the lowest is NaN's alone
-//   top_k_level_0_* reads raw scores and writes them smoothed, bit for bit as pool.cu does, which are the scores then;
+//   top_k_pooled_*  reads raw scores and writes them smoothed, bit for bit as pool.cu does, which are the scores then;
 //                   slots past those that are pooled are copied
 //   top_k_level_1   reads the scores again: counts of second digits, and per tile of 4096 slots two bits a slot, above
 //                   the cut's first digit or a candidate, and the keys of the candidates
@@ -28,7 +28,7 @@
 // than 2^31; segments of a contest are consecutive and at least one; rows start at multiples of 16 bytes; budget >= sum
 // of floors. Source: the CPU backend's top_k.rs.
 // gates: top_k_level_0 LDG.E.128.CONSTANT>=4 ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=48
-// gates: top_k_level_0_* LDG.E.128>=4 LDS ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=48
+// gates: top_k_pooled_* LDG.E.128>=4 LDS ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=48
 // gates: top_k_level_1 LDG.E.128.CONSTANT>=4 VOTE>=32 ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=64
 // gates: top_k_level_2 REDUX ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=80
 #include "pool.cuh"
@@ -331,7 +331,7 @@ TOP_K_LEVEL(2)
 
 #define TOP_K_POOLED(NAME, KIND)                                                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS, 5)                                                           \
-        top_k_level_0_##NAME(const float* const* from, const u32* pooled, u32 radius, float* const* rows,              \
+        top_k_pooled_##NAME(const float* const* from, const u32* pooled, u32 radius, float* const* rows,              \
                              TOP_K_DESCENT) {                                                                          \
         Smoothing smoothing = {from, rows, pooled, radius};                                                            \
         descend<0>(DESCENT, tiles, [&](Row row, u32 tile, u32, u32* counts) {                                          \

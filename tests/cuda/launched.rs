@@ -5,13 +5,20 @@ use std::collections::BTreeSet;
 use kvbudget_testkit::suite;
 use simcuda::{Checks, Installed, Policy};
 
-use crate::cache::drives;
+use crate::cache::{decode, drives};
 use crate::device::Gpu;
 use crate::{pooled, speed};
 
 /// What the suite does not reach: caches, and what is no operation of [`kvbudget::backend::Backend`].
-const OTHERS: [fn(&Gpu); 6] =
-    [drives::append, drives::gather, drives::slide, drives::fill, pooled::averages, pooled::maxima];
+const OTHERS: [fn(&Gpu); 7] = [
+    drives::append,
+    drives::gather,
+    drives::slide,
+    drives::fill,
+    decode::step,
+    pooled::averages,
+    pooled::maxima,
+];
 
 #[test]
 #[ignore = "minutes: every case of the suite once more"]

@@ -288,7 +288,7 @@ fn gates(all: &[Measured], manifest: &BTreeMap<String, Value>) {
     // Levels 0 and 1 read each key once. What else they read is known, but for tables of 0.03 N at each: the counts of
     // 2048 digits of each segment and of their contest, 0.07 N at each, since 8 blocks of 4096 keys share a segment's.
     let counts = 2 * u64::from(HEADS + 1) * 2048 * 4;
-    for (name, level_0) in [(SELECTION, "top_k_level_0"), (POOLED, "top_k_level_0_avg")] {
+    for (name, level_0) in [(SELECTION, "top_k_level_0"), (POOLED, "top_k_pooled_avg")] {
         let levels = named(name).asked(level_0) + named(name).asked("top_k_level_1");
         at_most(name, levels - counts, slots * 4, 210);
         // In all 2.49: those, 1024 last digits of each segment, marks, twice 1/16, candidates, and tables. In sectors

@@ -29,7 +29,7 @@ type Level = (
     u32,
 );
 const LEVEL: Kernel<Level> = Kernel::new("top_k", "top_k_level");
-/// Raw rows, how many slots of each are pooled, radius; then as a level's, whose rows it writes.
+/// The level of the first digit, pooled: raw rows, how many slots of each are pooled, radius; then as a level's, whose rows it writes.
 type Pooled = (
     Ptr<Ptr<f32>>,
     Ptr<u32>,
@@ -48,7 +48,7 @@ type Pooled = (
     Ptr<Cut>,
     u32,
 );
-const POOLED: Kernel<Pooled> = Kernel::new("top_k", "top_k_level_0");
+const POOLED: Kernel<Pooled> = Kernel::new("top_k", "top_k_pooled");
 /// Lengths, segments, cuts, tallies, marks, candidates, status of tiles, positions.
 type Emit = (Ptr<u32>, Ptr<Segment>, Ptr<Cut>, Ptr<u8>, Ptr<u32>, Ptr<u32>, Ptr<u64>, Ptr<u32>);
 const EMIT: Kernel<Emit> = Kernel::new("top_k_emit", "top_k_emit");

@@ -1,6 +1,6 @@
 //! Caches on the device against those on the host, and what only a device has: counters instead of errors, graphs.
 
-mod decode;
+pub mod decode;
 pub mod drives;
 mod errors;
 mod histories;
