@@ -10,6 +10,8 @@
 //          lie below k; but the order is lost. Hole j follows the kept slots i with kept[i] - i <= j, which do not
 //          descend: it is slot j + i for the first i without, found by bisection, and takes row kept[m + j].
 //
+// `nan` counts the scores of NaN that the cuts come from.
+//
 // Rows: copy.cuh. Launch: 256 threads, grid (ceil(most kept / (4 * (256 / units))), segments), at least one column.
 // `states` of slide, u32 [segments][grid.x + 1], is zeroed before each launch: a ticket, then a state per tile.
 // Sources: TensorRT-LLM's sparse KV cache compaction states the contract of slide; look-back after Merrill and Garland
@@ -43,13 +45,17 @@ __device__ inline void wait_for_readers(u32* tiles, i32 tile) {
 extern "C" __global__ void __launch_bounds__(256, 4)
     slide(const Rows* __restrict__ all_keys, const Rows* __restrict__ all_values, const u32* __restrict__ pages,
           u32* const* __restrict__ all_positions, const Cut* __restrict__ cuts,
-          const u32* __restrict__ kept, u32* __restrict__ lengths, u32* states, u32 units) {
+          const u32* __restrict__ kept, u32* __restrict__ lengths, u32* __restrict__ nan, u32* states,
+          u32 units) {
     __shared__ u32 ticket;
     u32 s = blockIdx.y, count = cuts[s].count;
     u32* mine = states + (u64)s * (gridDim.x + 1);
     if (threadIdx.x == 0) {
         ticket = atomicAdd(mine, 1);
-        if (ticket == 0) lengths[s] = count;
+        if (ticket == 0) {
+            lengths[s] = count;
+            if (cuts[s].nan > 0) atomicAdd(nan, cuts[s].nan);
+        }
     }
     __syncthreads();
     Share share(ticket, units);
@@ -95,10 +101,13 @@ template <class Test> __device__ inline u32 bisect(u32 n, Test is_past) {
 extern "C" __global__ void __launch_bounds__(256, 4)
     fill(const Rows* __restrict__ all_keys, const Rows* __restrict__ all_values, const u32* __restrict__ pages,
          u32* const* __restrict__ all_positions, const Cut* __restrict__ cuts, const u32* __restrict__ kept,
-         u32* __restrict__ lengths, u32 units) {
+         u32* __restrict__ lengths, u32* __restrict__ nan, u32 units) {
     __shared__ u32 sources[PER_THREAD * 256], holes[PER_THREAD * 256];
     u32 s = blockIdx.y, count = cuts[s].count;
-    if (blockIdx.x == 0 && threadIdx.x == 0) lengths[s] = count;
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        lengths[s] = count;
+        if (cuts[s].nan > 0) atomicAdd(nan, cuts[s].nan);
+    }
     const u32* slots = kept + cuts[s].start;
     u32 below = bisect(count, [&](u32 i) { return slots[i] >= count; });
     u32 moves = count - below;

@@ -237,9 +237,10 @@ template <class T> __device__ inline T* global(T* address) {
 }
 
 // What a selection keeps of a row: `count` slots, ascending, from place `start` on in a list of all. They are those
-// with keys above the threshold and the first `ties` that equal it. The twin of `Cut` in src/backend/cuda/selection.rs.
+// with keys above the threshold and the first `ties` that equal it. Of the row's slots that are not protected, `nan` score
+// NaN. The twin of `Cut` in src/backend/cuda/selection.rs.
 struct Cut {
     u64 start;
     u32 count, threshold, ties;
-    u32 unused;
+    u32 nan;
 };

@@ -5,6 +5,7 @@
 // Without `cuts`, the first counts[s] rows are kept. Without `positions` (of all segments), a slot is its position.
 // Source and target have any layout; all sectors of both are fully used where rows are multiples of 32 bytes. A segment
 // that keeps more than its capacity becomes empty, and `refused` counts the rows: nothing is written past a capacity.
+// `nan` counts the scores of NaN that the cuts come from.
 //
 // Rows: copy.cuh. Launch: 256 threads, grid (ceil(most kept / (4 * (256 / units))), segments), at least one column.
 // gates: gather LDG.E.128==8 STG.E.128==8 !U16 registers<=64
@@ -16,12 +17,13 @@ extern "C" __global__ void __launch_bounds__(256, 4)
            const Rows* __restrict__ to_keys, const Rows* __restrict__ to_values, const u32* __restrict__ to_pages,
            u32* const* __restrict__ to_positions, const Cut* __restrict__ cuts, const u32* __restrict__ kept,
            const u32* __restrict__ counts, const u32* __restrict__ capacities, u32* __restrict__ lengths,
-           u32* __restrict__ refused, u32 units) {
+           u32* __restrict__ refused, u32* __restrict__ nan, u32 units) {
     u32 s = blockIdx.y, count = cuts ? cuts[s].count : counts[s];
     bool fits = count <= capacities[s];
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         lengths[s] = fits ? count : 0;
         if (!fits) atomicAdd(refused, count);
+        if (cuts && cuts[s].nan > 0) atomicAdd(nan, cuts[s].nan);
     }
     Share share(blockIdx.x, units);
     if (!fits || share.first >= count) return;

@@ -38,6 +38,13 @@ struct Row {
         if (valid(unit) > 2) x.z = __ldg(at + 2);
         return x;
     }
+    __device__ u32 key(float x, u32 slot) const {
+        u32 key = ordered(x);
+#pragma unroll 1
+        for (const Span* span = first; span < end; ++span)
+            if (slot >= resolve(span->start) && slot < resolve(span->end)) key = PROTECTED;
+        return key;
+    }
     __device__ void keys(u32 (&out)[4], float4 x, u32 unit) const {
         out[0] = ordered(x.x), out[1] = ordered(x.y), out[2] = ordered(x.z), out[3] = ordered(x.w);
 #pragma unroll 1

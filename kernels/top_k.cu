@@ -12,13 +12,15 @@
 // where it is the higher one, the floor is met. So one cut per segment is enough, the lower of the two.
 // Counts only, so that ties cost nothing and no order of blocks is visible.
 //
-//   top_k_level_0   reads the scores: counts of first digits
+//   top_k_level_0   reads the scores: counts of first digits, of which the lowest is NaN's alone
+//   top_k_pooled_*  reads raw scores and writes them smoothed, bit for bit as pool.cu does, which are the scores then;
+//                   slots past those that are pooled are copied
 //   top_k_level_1   reads the scores again: counts of second digits, and per tile of 4096 slots two bits a slot, above
 //                   the cut's first digit or a candidate, and the keys of the candidates
 //   top_k_level_2   reads the candidates: counts of the last digits, then what each segment keeps
 //   top_k_emit      reads bits and candidates, never the scores: see top_k_emit.cu
 //
-// With a share c of N slots as candidates that is 2 N keys, 3/32 N words of bits and 2 c N candidates read. All equal,
+// With a share c of N slots as candidates that is 2 N keys (pooled or not: what level 0 writes, level 1 reads), 3/32 N words of bits and 2 c N candidates read. All equal,
 // c is 1; uniform, 1/8 where the cut is in the largest quarter of an octave.
 //
 // Launch: grid (ceil(longest / 4096 / tiles), segments), 256 threads. `tallies`, `contest_tallies`, `steps` and, where a
@@ -26,8 +28,10 @@
 // than 2^31; segments of a contest are consecutive and at least one; rows start at multiples of 16 bytes; budget >= sum
 // of floors. Source: the CPU backend's top_k.rs.
 // gates: top_k_level_0 LDG.E.128.CONSTANT>=4 ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=48
+// gates: top_k_pooled_* LDG.E.128>=4 LDS ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=48
 // gates: top_k_level_1 LDG.E.128.CONSTANT>=4 VOTE>=32 ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=64
 // gates: top_k_level_2 REDUX ATOMS.POPC.INC !ATOMS.CAS ATOMG==2 registers<=80
+#include "pool.cuh"
 #include "top_k.cuh"
 
 constexpr u32 BINS = 2048;
@@ -68,6 +72,14 @@ struct Descent {
         const Segment& segment = segments[s];
         return {rows[s], lengths[s], spans + segment.protected_first, spans + segment.protected_end};
     }
+};
+
+// Rows that are smoothed on the way: raw, smoothed, how many slots of each take part.
+struct Smoothing {
+    const float* const* from;
+    float* const* to;
+    const u32* lengths;
+    u32 radius;
 };
 
 template <int LEVEL> struct Digit {
@@ -128,6 +140,26 @@ __device__ inline void count_tile<2>(const Descent& d, Row row, u32 tile, u64 fi
     }
 }
 
+// Smooths a tile and counts its first digits. All threads of the block.
+template <class Kind>
+__device__ inline void pool_tile(const Smoothing& smoothing, Row row, u32 tile, u32* counts) {
+    __shared__ __align__(16) Windows<Kind, TILE, THREADS> windows;
+    const float* __restrict__ from = global(smoothing.from[blockIdx.y]);
+    float* __restrict__ to = global(smoothing.to[blockIdx.y]);
+    u32 pooled = min(smoothing.lengths[blockIdx.y], row.length), radius = smoothing.radius;
+    u32 first = tile * TILE, start = warp_id() * OF_WARP;
+    windows.load(from, pooled, first, radius);
+    __syncthreads();
+    row.narrow(first + start, first + start + OF_WARP);
+#pragma unroll 1
+    for (u32 i = start + lane_id(); i < start + OF_WARP && first + i < row.length; i += 32) {
+        float x = first + i < pooled ? windows.at(i, radius) : from[first + i];
+        to[first + i] = x;
+        atomicAdd(&counts[Digit<0>::of(row.key(x, first + i))], 1);
+    }
+    __syncthreads();
+}
+
 // sums[i] = counts at and above bin 8 * thread + i; returns the sum of all.
 __device__ inline u32 suffix_sums(u32 (&sums)[9], const u32* counts, u32* scratch) {
     const uint4* eight = reinterpret_cast<const uint4*>(counts) + 2 * threadIdx.x;
@@ -157,7 +189,7 @@ template <int LEVEL> struct Standing {
 
     __device__ Standing(const Tally& tally, const u32* sums, u32 contest_cut) {
         cut = min(contest_cut, tally.floor_prefix);
-        u32 digit = Digit<LEVEL>::of(cut), beyond = digit + 1 < BINS ? sums[digit + 1] : 0;
+        u32 digit = Digit<LEVEL>::of(cut), beyond = digit + 1 < Digit<LEVEL>::COUNT ? sums[digit + 1] : 0;
         above = tally.above + beyond, equal = sums[digit] - beyond;
     }
 };
@@ -184,7 +216,7 @@ __device__ inline void cut_segments(const Descent& d, const Contest& contest, u3
             count = sure(s, at);
             // Below the contest's cut there is the floor and nothing else.
             available = at.cut < threshold ? 0 : at.above + at.equal - count;
-            cut.threshold = at.cut, cut.ties = at.above;
+            cut.threshold = at.cut, cut.ties = at.above, cut.nan = d.tallies[s].nan;
         }
         u32 before = ties_before + block_scan(available, all, scratch);
         ties_before += all;
@@ -196,7 +228,9 @@ __device__ inline void cut_segments(const Descent& d, const Contest& contest, u3
     }
 }
 
-template <int LEVEL> __device__ inline void descend(const Descent& d, u32 tiles) {
+// `count` counts digits of a tile of a row.
+template <int LEVEL, class Count> __device__ inline void descend(const Descent& d, u32 tiles, Count count) {
+    constexpr u32 COUNT = Digit<LEVEL>::COUNT;
     __shared__ __align__(16) u32 counts[BINS];
     __shared__ u32 scratch[THREADS / 32], picked;
     u32 segment = blockIdx.y, length = d.lengths[segment], end = tiles_of(length);
@@ -209,17 +243,16 @@ template <int LEVEL> __device__ inline void descend(const Descent& d, u32 tiles)
     uint4* eight = reinterpret_cast<uint4*>(counts) + 2 * threadIdx.x;
     eight[0] = eight[1] = make_uint4(0, 0, 0, 0);
     __syncthreads();
-    u64 first_tile = d.segments[segment].first_tile;
     for (u32 tile = blockIdx.x * tiles; tile < min((blockIdx.x + 1) * tiles, end); ++tile)
-        count_tile<LEVEL>(d, d.row(segment), tile, first_tile, prefix, counts);
+        count(d.row(segment), tile, prefix, counts);
     __syncthreads();
 
     u32* histogram = d.histogram(LEVEL, segment);
     if (blocks > 1) {
-        for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS)
+        for (u32 bin = threadIdx.x; bin < COUNT; bin += THREADS)
             if (counts[bin] > 0) atomicAdd(histogram + bin, counts[bin]);
         if (!last_to_arrive(&tally.arrivals, blocks)) return;
-        for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) {
+        for (u32 bin = threadIdx.x; bin < COUNT; bin += THREADS) {
             counts[bin] = histogram[bin];
             if (LEVEL < 2) d.histogram(LEVEL + 1, segment)[bin] = 0;
         }
@@ -232,6 +265,7 @@ template <int LEVEL> __device__ inline void descend(const Descent& d, u32 tiles)
     u32 floor = min(d.segments[segment].floor, length), above = tally.above;
     u32 contest_prefix = contest_tally.prefix, floor_prefix = tally.floor_prefix;
     u32 sums[9], bin, total = suffix_sums(sums, counts, scratch);
+    if (LEVEL == 0 && threadIdx.x == 0) tally.nan = sums[0] - sums[1];
     if (prefix == floor_prefix && crossing<LEVEL>(sums, floor > above ? floor - above : 0, bin))
         tally.floor_prefix = prefix | bin << Digit<LEVEL>::SHIFT;
     eight[0] = make_uint4(sums[0], sums[1], sums[2], sums[3]);
@@ -246,8 +280,8 @@ template <int LEVEL> __device__ inline void descend(const Descent& d, u32 tiles)
         total = taken(total);
     } else {
         u32* steps = d.steps + ((u64)contest.steps * 3 + LEVEL) * BINS;
-        for (bin = threadIdx.x; bin < BINS; bin += THREADS) {
-            u32 here = counts[bin], next = bin + 1 < BINS ? counts[bin + 1] : 0;
+        for (bin = threadIdx.x; bin < COUNT; bin += THREADS) {
+            u32 here = counts[bin], next = bin + 1 < COUNT ? counts[bin + 1] : 0;
             histogram[bin] = here;
             u32 step = taken(here) - taken(next);
             if (step > 0) atomicAdd(steps + bin, step);
@@ -273,15 +307,36 @@ template <int LEVEL> __device__ inline void descend(const Descent& d, u32 tiles)
     }
 }
 
+// What all levels take.
+#define TOP_K_DESCENT                                                                                                  \
+    const u32 *lengths, const Segment *segments, const Span *spans, const Contest *contests, Tally *tallies,           \
+        ContestTally *contest_tallies, u32 *steps, u32 *histograms, u32 *marks, u32 *candidates, Cut *cuts, u32 tiles
+#define DESCENT                                                                                                        \
+    Descent{rows,  lengths,    segments, spans,      contests, tallies, contest_tallies,                               \
+            steps, histograms, marks,    candidates, cuts}
+
 // Blocks a multiprocessor: enough loads in flight. Level 1 needs more registers; level 2 more still, and loads little.
 #define TOP_K_LEVEL(LEVEL)                                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS, 5 - LEVEL)                                                   \
-        top_k_level_##LEVEL(const float* const* rows, const u32* lengths, const Segment* segments, const Span* spans,  \
-                            const Contest* contests, Tally* tallies, ContestTally* contest_tallies, u32* steps,        \
-                            u32* histograms, u32* marks, u32* candidates, Cut* cuts, u32 tiles) {                      \
-        descend<LEVEL>({rows, lengths, segments, spans, contests, tallies, contest_tallies, steps, histograms, marks,  \
-                        candidates, cuts}, tiles);                                                                     \
+        top_k_level_##LEVEL(const float* const* rows, TOP_K_DESCENT) {                                                 \
+        Descent d = DESCENT;                                                                                           \
+        u64 first_tile = d.segments[blockIdx.y].first_tile;                                                            \
+        descend<LEVEL>(d, tiles, [&](Row row, u32 tile, u32 prefix, u32* counts) {                                     \
+            count_tile<LEVEL>(d, row, tile, first_tile, prefix, counts);                                               \
+        });                                                                                                            \
     }
 TOP_K_LEVEL(0)
 TOP_K_LEVEL(1)
 TOP_K_LEVEL(2)
+
+#define TOP_K_POOLED(NAME, KIND)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS, 5)                                                           \
+        top_k_pooled_##NAME(const float* const* from, const u32* pooled, u32 radius, float* const* rows,              \
+                             TOP_K_DESCENT) {                                                                          \
+        Smoothing smoothing = {from, rows, pooled, radius};                                                            \
+        descend<0>(DESCENT, tiles, [&](Row row, u32 tile, u32, u32* counts) {                                          \
+            pool_tile<KIND>(smoothing, row, tile, counts);                                                             \
+        });                                                                                                            \
+    }
+TOP_K_POOLED(avg, Average)
+TOP_K_POOLED(max, Maximum)

@@ -13,11 +13,12 @@ struct Segment {
     u32 protected_first, protected_end; // its spans
 };
 // State of a descent: the digits of the segment's cut so far, how many keys are above all that share them, and the
-// digits of the cut for the floor alone.
+// digits of the cut for the floor alone. Of all its keys, `nan` are those of NaN.
 struct Tally {
     u32 prefix, above, floor_prefix;
     u32 arrivals, ticket;
-    u32 unused[3];
+    u32 nan;
+    u32 unused[2];
 };
 
 __device__ inline u32 tiles_of(u32 length) { return length / TILE + (length % TILE > 0); }

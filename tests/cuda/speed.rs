@@ -1,7 +1,8 @@
 //! Speed without a GPU: what the kernels of the reference workload ask of one, by the simulator's counters.
 //!
 //! Counted at fewer tokens than the reference has and scaled, which says so in the table: what grows with the tokens is
-//! exact, what does not is counted too often. `benches/cuda.md` must agree; `SIMCUDA_BLESS=1` writes it.
+//! exact, what does not is counted too often. More tokens are not scaled. `benches/cuda.md` must agree;
+//! `SIMCUDA_BLESS=1` writes it.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -42,6 +43,11 @@ impl Measured {
     fn read(&self) -> u64 {
         32 * self.sum().global_load.sectors
     }
+    /// Bytes that the warps of a kernel asked for.
+    fn asked(&self, kernel: &str) -> u64 {
+        let found = self.kernels.iter().find(|(name, ..)| name == kernel).expect("it was launched");
+        found.2.global_load.bytes
+    }
     /// Bytes from and to DRAM, each sector once, though a kernel may find in L2 what the last one left.
     fn dram(&self) -> u64 {
         32 * (self.sum().dram_read_sectors + self.sum().dram_write_sectors)
@@ -52,7 +58,7 @@ impl Measured {
 }
 
 /// The kernels that ship, by name: their entry in the manifest.
-fn manifest() -> BTreeMap<String, Value> {
+pub fn manifest() -> BTreeMap<String, Value> {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/ptx/manifest.json");
     let text = std::fs::read_to_string(path).expect("a manifest");
     let manifest: Value = serde_json::from_str(&text).expect("JSON");
@@ -80,20 +86,26 @@ fn measure(
 }
 
 const SCORES: &str = "window attention, LSE given";
+const LONG_SCORES: &str = "window attention, LSE given, twice as long";
 const SELECTION: &str = "selection";
+const POOLED: &str = "pooling and selection";
 const GATHER: &str = "gather, keys and values";
 const NORMS: &str = "value norms";
 /// What compresses a layer.
-const PIPELINE: [&str; 4] = [SCORES, "pooling", SELECTION, GATHER];
+const PIPELINE: [&str; 3] = [SCORES, POOLED, GATHER];
 
 fn scoring(gpu: &Gpu, layer: &Layer, lse: bool) -> Measured {
-    let (name, passes) = if lse { (SCORES, 1) } else { ("window attention", 2) };
+    let (name, passes) = match lse {
+        true if layer.tokens > TOKENS => (LONG_SCORES, 1),
+        true => (SCORES, 1),
+        false => ("window attention", 2),
+    };
     let mut out = gpu.cuda.zeros(&layer.lens()).expect("room for scores");
     let ideal = u64::from(HEADS * layer.tokens) * (passes * ROW + 4);
     let views = [layer.view(lse)];
     let shape = format!("T = {}", layer.tokens);
     let run = || gpu.cuda.window_attention(&SCORING, &views, &mut out, None);
-    measure(gpu, (name, shape), u64::from(TOKENS / layer.tokens), ideal, run)
+    measure(gpu, (name, shape), u64::from(TOKENS / layer.tokens).max(1), ideal, run)
 }
 
 fn workload(gpu: &Gpu) -> Vec<Measured> {
@@ -105,17 +117,24 @@ fn workload(gpu: &Gpu) -> Vec<Measured> {
         let rows = (0..HEADS).map(|h| reference::noise(TOKENS as usize, u64::from(h)).collect());
         cuda.upload(rows.collect()).expect("room for scores")
     };
-    let mut all = vec![scoring(gpu, &layer, true), scoring(gpu, &Layer::new(cuda, 4096, 8), false)];
+    let mut all = vec![
+        scoring(gpu, &layer, true),
+        scoring(gpu, &Layer::new(cuda, 2 * TOKENS, 8), true),
+        scoring(gpu, &Layer::new(cuda, 4096, 8), false),
+    ];
 
     let past: Vec<u32> = lens.iter().map(|len| len - WINDOW).collect();
-    let op = Pool { kind: Pooling::Avg, kernel: 5, lens: &past };
+    let pool = Pool { kind: Pooling::Avg, kernel: 5, lens: &past };
     let mut rows = scores();
-    all.push(measure(gpu, whole("pooling"), 1, slots * 8, || cuda.pool(&op, &mut rows)));
+    all.push(measure(gpu, whole("pooling"), 1, slots * 8, || cuda.pool(&pool, &mut rows)));
 
     let (contests, protected) = ([layer.contest()], layer.protected());
     let op = TopK { contests: &contests, protected: &protected };
     let rows = scores();
     let ideal = slots * 4 + contests[0].budget * 4;
+    // Smoothed scores stay, to be looked at.
+    let run = || cuda.pool_top_k(&pool, &op, &rows).map(drop);
+    all.push(measure(gpu, whole(POOLED), 1, ideal + slots * 4, run));
     let mut selection = None;
     let run = || {
         selection = Some(cuda.top_k(&op, &[(&rows, 0..HEADS as usize)])?);
@@ -261,17 +280,27 @@ fn gates(all: &[Measured], manifest: &BTreeMap<String, Value>) {
         );
     };
     let slots = u64::from(HEADS * TOKENS);
-    // A block reads 32 KB of queries for 1024 keys of 256 bytes. Twice as many keys would be 1.07 and leave half of the
-    // multiprocessors' places empty at this length; at 128k tokens blocks are that long. DRAM gives queries once.
+    // A block reads 32 KB of queries for 1024 keys of 256 bytes. Twice as many keys are 1.07 and would leave half of the
+    // multiprocessors' places empty at this length; at twice the length blocks are that long. DRAM gives queries once.
     at_most(SCORES, named(SCORES).read(), slots * ROW, 115);
+    at_most(LONG_SCORES, named(LONG_SCORES).read(), 2 * slots * ROW, 107);
     at_most(SCORES, named(SCORES).dram(), named(SCORES).ideal, 101);
-    // Keys are read 2.1 times or so (`keys_are_read_twice`); the rest is histograms, which 64 blocks of few keys merge.
-    at_most(SELECTION, named(SELECTION).read(), slots * 4, 320);
+    // Levels 0 and 1 read each key once. What else they read is known, but for tables of 0.03 N at each: the counts of
+    // 2048 digits of each segment and of their contest, 0.07 N at each, since 8 blocks of 4096 keys share a segment's.
+    let counts = 2 * u64::from(HEADS + 1) * 2048 * 4;
+    for (name, level_0) in [(SELECTION, "top_k_level_0"), (POOLED, "top_k_pooled_avg")] {
+        let levels = named(name).asked(level_0) + named(name).asked("top_k_level_1");
+        at_most(name, levels - counts, slots * 4, 210);
+        // In all 2.49: those, 1024 last digits of each segment, marks, twice 1/16, candidates, and tables. In sectors
+        // it is 3.12, as if L1 never hit: every warp reads tables, and candidates a few at a time.
+        at_most(name, named(name).sum().global_load.bytes, slots * 4, 250);
+        at_most(name, named(name).read(), slots * 4, 313);
+    }
     at_most(GATHER, named(GATHER).dram(), named(GATHER).ideal, 102);
     at_most(NORMS, named(NORMS).moved(), named(NORMS).ideal, 102);
     let launches: u64 = PIPELINE.iter().map(|name| named(name).launches()).sum();
-    // Scores, pooling, three digits and an emission, a gather.
-    assert!(launches <= 7, "{launches} launches compress a layer");
+    // Scores, three digits (pooling with the first) and an emission, a gather.
+    assert!(launches <= 6, "{launches} launches compress a layer");
 }
 
 #[test]

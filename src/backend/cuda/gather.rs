@@ -14,18 +14,19 @@ type Positions = Ptr<Ptr<u32>>;
 type Cuts = Ptr<Cut>;
 type Slots = Ptr<u32>;
 
-/// Source, target, cuts, kept slots, counts, capacities, lengths, refused, units.
+/// Source, target, cuts, kept slots, counts, capacities, lengths, refused, NaN scores, units.
 #[rustfmt::skip]
 type Gather = (
     Keys, Values, Pages, Positions, Keys, Values, Pages, Positions, Cuts, Slots,
-    Ptr<u32>, Ptr<u32>, Ptr<u32>, Ptr<u32>, u32,
+    Ptr<u32>, Ptr<u32>, Ptr<u32>, Ptr<u32>, Ptr<u32>, u32,
 );
 const GATHER: Kernel<Gather> = Kernel::new("gather", "gather");
-/// Cache, cuts, kept slots, lengths, states, units.
-const SLIDE: Kernel<(Keys, Values, Pages, Positions, Cuts, Slots, Ptr<u32>, Ptr<u32>, u32)> =
-    Kernel::new("compact", "slide");
-/// Cache, cuts, kept slots, lengths, units.
-const FILL: Kernel<(Keys, Values, Pages, Positions, Cuts, Slots, Ptr<u32>, u32)> =
+/// Cache, cuts, kept slots, lengths, NaN scores, states, units.
+#[rustfmt::skip]
+type Slide = (Keys, Values, Pages, Positions, Cuts, Slots, Ptr<u32>, Ptr<u32>, Ptr<u32>, u32);
+const SLIDE: Kernel<Slide> = Kernel::new("compact", "slide");
+/// Cache, cuts, kept slots, lengths, NaN scores, units.
+const FILL: Kernel<(Keys, Values, Pages, Positions, Cuts, Slots, Ptr<u32>, Ptr<u32>, u32)> =
     Kernel::new("compact", "fill");
 
 const THREADS: u32 = 256;
@@ -49,7 +50,7 @@ pub(super) struct Held {
     pub rows: Source,
     pub lengths: Ptr<u32>,
     pub capacities: Ptr<u32>,
-    /// Tokens seen, tokens or rows refused, blocks arrived: as `kernels/append.cu` has them.
+    /// Tokens seen, tokens or rows refused, blocks arrived, as `kernels/append.cu` has them; scores of NaN.
     pub counters: Ptr<u32>,
     pub heads: usize,
     /// Sixteenths of a row's bytes.
@@ -58,6 +59,7 @@ pub(super) struct Held {
 
 pub(super) const SEEN: usize = 0;
 pub(super) const REFUSED: usize = 1;
+pub(super) const NAN: usize = 3;
 pub(super) const COUNTERS: usize = 4;
 
 /// Slots to keep, on the device.
@@ -109,6 +111,7 @@ pub(super) fn gather(cuda: &Cuda, from: Source, to: Held, kept: Kept) -> Result<
         to.capacities,
         to.lengths,
         to.counters.add(REFUSED),
+        to.counters.add(NAN),
         to.units,
     );
     GATHER.launch(&cuda.driver, "", grid(kept.most, to.heads, to.units), arguments)
@@ -118,16 +121,19 @@ pub(super) fn gather(cuda: &Cuda, from: Source, to: Held, kept: Kept) -> Result<
 pub(super) fn slide(cuda: &Cuda, cache: Held, kept: Kept, states: &Memory) -> Result<()> {
     states.clear(0, slide_bytes(kept.most, cache.heads, cache.units))?;
     let Source { keys, values, pages, positions } = cache.rows;
-    let (lengths, units, states) = (cache.lengths, cache.units, states.at(0));
-    let arguments = (keys, values, pages, positions, kept.cuts, kept.slots, lengths, states, units);
+    let (lengths, nan, states) = (cache.lengths, cache.counters.add(NAN), states.at(0));
+    let Kept { cuts, slots, .. } = kept;
+    let units = cache.units;
+    let arguments = (keys, values, pages, positions, cuts, slots, lengths, nan, states, units);
     SLIDE.launch(&cuda.driver, "", grid(kept.most, cache.heads, units), arguments)
 }
 
 /// Thins a cache in place; the last rows go where slots became free.
 pub(super) fn fill(cuda: &Cuda, cache: Held, kept: Kept) -> Result<()> {
     let Source { keys, values, pages, positions } = cache.rows;
-    let (lengths, units) = (cache.lengths, cache.units);
-    let arguments = (keys, values, pages, positions, kept.cuts, kept.slots, lengths, units);
+    let (lengths, nan, units) = (cache.lengths, cache.counters.add(NAN), cache.units);
+    let Kept { cuts, slots, .. } = kept;
+    let arguments = (keys, values, pages, positions, cuts, slots, lengths, nan, units);
     FILL.launch(&cuda.driver, "", grid(kept.most, cache.heads, units), arguments)
 }
 

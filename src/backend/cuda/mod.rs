@@ -161,6 +161,19 @@ impl Cuda {
         Ok(Tensor { memory, dtype: T::DTYPE })
     }
 
+    /// [`Backend::pool`] into new rows and [`Backend::top_k`] of those, in one launch less and with one reading of the scores
+    /// less: the same rows and the same selection, bit for bit.
+    ///
+    /// Errors: as of both.
+    pub fn pool_top_k(
+        &self,
+        pool: &Pool<'_>,
+        op: &TopK<'_>,
+        rows: &Floats,
+    ) -> Result<(Floats, Selection)> {
+        top_k::pool_and_select(self, pool, op, rows)
+    }
+
     /// Waits until the device has done everything asked so far.
     pub fn synchronize(&self) -> Result<()> {
         self.driver.synchronize()

@@ -7,7 +7,7 @@ use crate::backend::ops::{Pool, Pooling};
 use crate::error::{Error, Result};
 
 /// `pool_avg`, `pool_max`: in, out, lengths, radius.
-const POOL: Kernel<(Ptr<Ptr<f32>>, Ptr<Ptr<f32>>, Ptr<u32>, i32)> = Kernel::new("pool", "pool");
+const POOL: Kernel<(Ptr<Ptr<f32>>, Ptr<Ptr<f32>>, Ptr<u32>, u32)> = Kernel::new("pool", "pool");
 /// Slots of a tile, and the largest radius: what the kernel's shared memory holds.
 const TILE: u32 = 1024;
 const RADIUS: u32 = 64;
@@ -21,8 +21,9 @@ pub(super) fn run(cuda: &Cuda, op: &Pool<'_>, rows: &mut Floats) -> Result<()> {
     let lens = table.push(op.lens);
     let sent = table.send(cuda)?;
     let longest = op.lens.iter().copied().max().unwrap_or(0);
-    let shape = (longest, op.lens.len());
-    launch(cuda, op.kind, radius, shape, (rows.rows(), out.rows()), sent.at(lens))?;
+    let grid = Grid::new(longest.div_ceil(TILE) as usize, op.lens.len(), 256);
+    let arguments = (rows.rows(), out.rows(), sent.at(lens), radius);
+    POOL.launch(&cuda.driver, variant(op.kind), grid, arguments)?;
     *rows = out;
     Ok(())
 }
@@ -38,21 +39,12 @@ pub(super) fn radius(kernel: u32) -> Result<u32> {
     }
 }
 
-/// Pools the first `lengths[r]` entries of each row of `from` into `to`. One launch.
-pub(super) fn launch(
-    cuda: &Cuda,
-    kind: Pooling,
-    radius: u32,
-    (longest, rows): (u32, usize),
-    (from, to): (Ptr<Ptr<f32>>, Ptr<Ptr<f32>>),
-    lengths: Ptr<u32>,
-) -> Result<()> {
-    let grid = Grid::new(longest.div_ceil(TILE) as usize, rows, 256);
-    let variant = match kind {
+/// What kernels that pool are called.
+pub(super) fn variant(kind: Pooling) -> &'static str {
+    match kind {
         Pooling::Avg => "avg",
         Pooling::Max => "max",
-    };
-    POOL.launch(&cuda.driver, variant, grid, (from, to, lengths, radius as i32))
+    }
 }
 
 #[cfg(test)]

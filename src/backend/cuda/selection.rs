@@ -3,11 +3,11 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::Cuda;
 use super::driver::Ptr;
 use super::floats::{Sent, Slot, Table};
 use super::launch::{Grid, Kernel};
-use crate::backend::ops::Contest;
+use super::{Cuda, pool};
+use crate::backend::ops::{Contest, Pooling};
 use crate::error::{Error, Result};
 use crate::ragged::Ragged;
 
@@ -29,6 +29,26 @@ type Level = (
     u32,
 );
 const LEVEL: Kernel<Level> = Kernel::new("top_k", "top_k_level");
+/// The level of the first digit, pooled: raw rows, how many slots of each are pooled, radius; then as a level's, whose rows it writes.
+type Pooled = (
+    Ptr<Ptr<f32>>,
+    Ptr<u32>,
+    u32,
+    Ptr<Ptr<f32>>,
+    Ptr<u32>,
+    Ptr<Segment>,
+    Ptr<Span>,
+    Ptr<Group>,
+    Ptr<u8>,
+    Ptr<u8>,
+    Ptr<u32>,
+    Ptr<u32>,
+    Ptr<u32>,
+    Ptr<u32>,
+    Ptr<Cut>,
+    u32,
+);
+const POOLED: Kernel<Pooled> = Kernel::new("top_k", "top_k_pooled");
 /// Lengths, segments, cuts, tallies, marks, candidates, status of tiles, positions.
 type Emit = (Ptr<u32>, Ptr<Segment>, Ptr<Cut>, Ptr<u8>, Ptr<u32>, Ptr<u32>, Ptr<u64>, Ptr<u32>);
 const EMIT: Kernel<Emit> = Kernel::new("top_k_emit", "top_k_emit");
@@ -90,13 +110,14 @@ pub(super) struct Cut {
     threshold: u32,
     /// and so many that equal it.
     ties: u32,
-    unused: u32,
+    /// Slots, of those that are not protected, that score NaN.
+    pub nan: u32,
 }
 
 impl Cut {
     /// Slots that the host chose.
     pub(super) fn chosen(start: usize, count: usize) -> Self {
-        Self { start: start as u64, count: count as u32, threshold: 0, ties: 0, unused: 0 }
+        Self { start: start as u64, count: count as u32, threshold: 0, ties: 0, nan: 0 }
     }
 }
 
@@ -139,9 +160,21 @@ pub(super) struct Inputs {
     pub rows: Ptr<Ptr<f32>>,
     /// Slots of each segment: at most what the problem was made for.
     pub lengths: Ptr<u32>,
+    /// Where the scores come from, if not from the rows.
+    pub smoothing: Option<Smoothing>,
     segments: Ptr<Segment>,
     spans: Ptr<Span>,
     contests: Ptr<Group>,
+}
+
+/// Rows to smooth into the rows of a selection, while their digits are counted. What is not pooled is copied.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Smoothing {
+    pub kind: Pooling,
+    pub radius: u32,
+    pub from: Ptr<Ptr<f32>>,
+    /// First slots of each row that are pooled.
+    pub lengths: Ptr<u32>,
 }
 
 impl Problem {
@@ -215,6 +248,7 @@ impl Slots {
         Inputs {
             rows,
             lengths,
+            smoothing: None,
             segments: sent.at(segments),
             spans: sent.at(spans),
             contests: sent.at(contests),
@@ -279,26 +313,31 @@ pub(super) fn launch(
 ) -> Result<()> {
     let layout = Layout::of(shape);
     let words = |offset: usize| Ptr::<u32>::at(workspace.add(offset).address);
-    let Inputs { rows, lengths, segments, spans, contests } = inputs;
+    let Inputs { rows, lengths, smoothing, segments, spans, contests } = inputs;
     let (marks, candidates) = (words(layout.marks), words(layout.candidates));
     let blocks = shape.longest.div_ceil(shape.per_block).max(1);
     let level = Grid::new(blocks, shape.segments, THREADS);
     cuda.driver.clear(workspace, layout.zeroed)?;
-    for digit in ["0", "1", "2"] {
+    let (tallies, contest_tallies) = (workspace, workspace.add(layout.contest_tallies));
+    let (steps, histograms) = (words(layout.steps), words(layout.histograms));
+    let tiles = shape.per_block as u32;
+    let digits = match smoothing {
+        None => &["0", "1", "2"][..],
+        Some(Smoothing { kind, radius, from, lengths: pooled }) => {
+            #[rustfmt::skip]
+            let arguments = (
+                from, pooled, radius, rows, lengths, segments, spans, contests, tallies, contest_tallies, steps, histograms,
+                marks, candidates, cuts, tiles,
+            );
+            POOLED.launch(&cuda.driver, pool::variant(kind), level, arguments)?;
+            &["1", "2"]
+        }
+    };
+    for digit in digits {
+        #[rustfmt::skip]
         let arguments = (
-            rows,
-            lengths,
-            segments,
-            spans,
-            contests,
-            workspace,
-            workspace.add(layout.contest_tallies),
-            words(layout.steps),
-            words(layout.histograms),
-            marks,
-            candidates,
-            cuts,
-            shape.per_block as u32,
+            rows, lengths, segments, spans, contests, tallies, contest_tallies, steps, histograms, marks, candidates, cuts,
+            tiles,
         );
         LEVEL.launch(&cuda.driver, digit, level, arguments)?;
     }
@@ -309,7 +348,7 @@ pub(super) fn launch(
 
 #[cfg(test)]
 pub(super) fn signatures() -> Vec<super::ptx::tests::Signature> {
-    vec![(&LEVEL).into(), (&EMIT).into()]
+    vec![(&LEVEL).into(), (&POOLED).into(), (&EMIT).into()]
 }
 
 #[cfg(test)]

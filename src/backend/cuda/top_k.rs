@@ -5,10 +5,10 @@ use std::ops::Range;
 use super::driver::{Memory, Ptr};
 use super::floats::Table;
 use super::launch::{Grid, Kernel};
-use super::selection::{self, Cut, Problem, Span};
-use super::{Cuda, Floats, check};
+use super::selection::{self, Cut, Problem, Smoothing, Span};
+use super::{Cuda, Floats, check, pool};
 use crate::backend::check::Lens;
-use crate::backend::ops::{Contest, TopK};
+use crate::backend::ops::{Contest, Pool, TopK};
 use crate::error::Result;
 use crate::ragged::Ragged;
 
@@ -54,6 +54,13 @@ impl Selection {
         self.segments.iter().map(|&(_, most)| most)
     }
 
+    /// Of each segment, the slots that score NaN, which rank below all others: waits for the stream. Protected slots are
+    /// not looked at: they are kept whatever they score.
+    pub fn nan_scores(&self) -> Result<Vec<u32>> {
+        let cuts: Vec<Cut> = self.memory.read(0, self.segments.len())?;
+        Ok(cuts.iter().map(|cut| cut.nan).collect())
+    }
+
     pub(super) fn counts(&self) -> Result<Vec<u32>> {
         let cuts: Vec<Cut> = self.memory.read(0, self.segments.len())?;
         Ok(cuts.iter().map(|cut| cut.count).collect())
@@ -88,16 +95,50 @@ pub(super) fn run(
         lens.extend(range.clone().map(|row| part.lens()[row]));
     }
     check::top_k(op, &lens)?;
+    select(cuda, op, &rows, &lens, None)
+}
+
+/// Smooths rows into new ones and selects of those.
+pub(super) fn pool_and_select(
+    cuda: &Cuda,
+    pool: &Pool<'_>,
+    op: &TopK<'_>,
+    rows: &Floats,
+) -> Result<(Floats, Selection)> {
+    check::pool(pool, rows)?;
+    check::top_k(op, &rows.lens().to_vec())?;
+    let radius = pool::radius(pool.kernel)?;
+    // The kernel writes every slot; what is behind a row's end stays zero.
+    let pooled = Floats::zeroed(cuda, rows.lens())?;
+    let addresses: Vec<_> = (0..rows.lens().len()).map(|row| pooled.row(row).address).collect();
+    let smooth = (pool, radius, rows.rows());
+    let selection = select(cuda, op, &addresses, rows.lens(), Some(smooth))?;
+    Ok((pooled, selection))
+}
+
+/// Selects of rows at these addresses, of these lengths, that are those of others smoothed or there already.
+fn select(
+    cuda: &Cuda,
+    op: &TopK<'_>,
+    rows: &[u64],
+    lens: &[u32],
+    smooth: Option<(&Pool<'_>, u32, Ptr<Ptr<f32>>)>,
+) -> Result<Selection> {
     let spans = |row: &[Range<u32>]| row.iter().cloned().map(Span::from).collect::<Vec<_>>();
     let protected = op.protected.iter().map(spans).collect();
-    let segments = bounds(op.contests, &lens);
-    let problem = Problem::new(cuda, op.contests, &protected, &lens)?;
+    let segments = bounds(op.contests, lens);
+    let problem = Problem::new(cuda, op.contests, &protected, lens)?;
     let shape = problem.shape;
     let mut table = Table::default();
-    let (rows, lens) = (table.push(&rows), table.push(&lens));
+    let (rows, lens) = (table.push(rows), table.push(lens));
+    let pooled = smooth.map(|(pool, ..)| table.push(pool.lens));
     let slots = problem.into_table(&mut table);
     let sent = table.send(cuda)?;
-    let inputs = slots.inputs(&sent, Ptr::at(sent.at(rows).address), sent.at(lens));
+    let mut inputs = slots.inputs(&sent, Ptr::at(sent.at(rows).address), sent.at(lens));
+    if let (Some((pool, radius, from)), Some(pooled)) = (smooth, pooled) {
+        let lengths = sent.at(pooled);
+        inputs.smoothing = Some(Smoothing { kind: pool.kind, radius, from, lengths });
+    }
     let bytes = selection::workspace_bytes(&shape);
     let workspace = Memory::new(&cuda.driver, "workspace of a selection", bytes)?;
     let chosen = Selection::new(cuda, segments, shape.positions)?;

@@ -156,6 +156,17 @@ impl Decoder {
     }
 }
 
+/// A step without a graph.
+pub fn step(gpu: &Gpu) {
+    let (shape, random) = (Shape { heads: 3, dim: 64, dtype: Dtype::F16 }, &mut Random(8));
+    let mut twins = Twins::new(gpu, shape, random, (90, 80, 60), Place::TokensFirst, None);
+    twins.append(gpu, random, 12, Place::TokensFirst);
+    let mut decoder = Decoder::new(gpu, &twins);
+    let step = Step::new(shape, random);
+    with_rows(gpu, &step.tensors(), |buffers| decoder.step(&mut twins, buffers));
+    decoder.follow(gpu, &mut twins, &step);
+}
+
 /// What is captured, as a graph.
 pub fn capture(stream: &Arc<CudaStream>, work: impl FnOnce()) -> cudarc::driver::CudaGraph {
     stream.begin_capture(Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
@@ -216,6 +227,14 @@ fn decode(shape: Shape, page: Option<u32>, blocks: Option<Blocks>, config: &Reco
         }
         twins.device.check().unwrap();
     });
+}
+
+#[test]
+fn queries_are_lent_by_a_launch() {
+    let gpu = Gpu::new();
+    step(&gpu);
+    let lent = simcuda::counters(gpu.ordinal, "lend").0;
+    assert!(lent > 0 || simcuda::install() == simcuda::Installed::RealDriver);
 }
 
 #[test]

@@ -1,14 +1,14 @@
 //! Caches on the device against those on the host, and what only a device has: counters instead of errors, graphs.
 
 mod batch;
-mod decode;
+pub mod decode;
 pub mod drives;
 mod errors;
 mod histories;
 mod lent;
 mod outputs;
 mod sectors;
-mod selected;
+pub mod selected;
 
 use kvbudget::backend::cpu::{Cpu, HostLayer, HostSlice};
 use kvbudget::backend::cuda::cache::{

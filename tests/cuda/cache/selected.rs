@@ -91,3 +91,56 @@ fn device_selections_are_never_read_back() {
         selected(&Gpu::under(policy), shape, [None, Some(8)][i % 2]);
     }
 }
+
+/// Random scores of two heads, some of them NaN, half of which are kept.
+fn select_with_nan(gpu: &Gpu, len: u32, nan: &[u32]) -> Selection {
+    let score = |t| if nan.contains(&t) { f32::NAN } else { (t * 37 % 101) as f32 };
+    let rows: Ragged<f32> = [0, 1].map(|_| (0..len).map(score).collect()).into_iter().collect();
+    let contests =
+        [Contest { segments: 0..2, budget: u64::from(len), floors: vec![u64::from(len / 3); 2] }];
+    let spared = nan[2].min(len - 1);
+    // The second head's third NaN is one of a slot that is kept anyhow.
+    let protected = [vec![0..1], vec![spared..spared + 1]].into_iter().collect();
+    let op = TopK { contests: &contests, protected: &protected };
+    let rows = gpu.cuda.upload(rows).unwrap();
+    gpu.cuda.top_k(&op, &[(&rows, 0..2)]).unwrap()
+}
+
+pub fn nan(gpu: &Gpu) {
+    let shape = Shape { heads: 2, dim: 64, dtype: Dtype::F16 };
+    let mut random = Random(5);
+    let tensors = [(); 2].map(|()| shape.tensor(&mut random, 2, 90, Place::TokensFirst));
+    let selection = select_with_nan(gpu, 90, &[3, 7, 50]);
+    assert_eq!(selection.nan_scores().unwrap(), [3, 2]);
+    for page in [None, Some(8)] {
+        let mut pool = PagePool::new(&gpu.cuda, shape.dtype, shape.dim, 8, 100).unwrap();
+        let mut cache = with_rows(gpu, &[&tensors[0], &tensors[1]], |rows| {
+            let view = LayerView::new(shape.layer(), 90, rows[0], rows[1]).unwrap();
+            match page {
+                None => Cache::Flat(
+                    FlatCache::gather_selected(&gpu.cuda, &view, &selection, 0, &[90; 2]).unwrap(),
+                ),
+                Some(_) => {
+                    let cache =
+                        PagedCache::gather_selected(&mut pool, &view, &selection, 0, &[90; 2]);
+                    Cache::Paged(cache.unwrap(), pool)
+                }
+            }
+        });
+        assert_eq!(cache.read().nan_scores().unwrap(), 5);
+        for (order, sum) in [(Order::Ascending, 10), (Order::Any, 15)] {
+            let again = select_with_nan(gpu, 30, &[2, 9, 20]);
+            cache.compact_selected(&again, order).unwrap();
+            assert_eq!(cache.read().nan_scores().unwrap(), sum);
+        }
+        let clean = select_with_nan(gpu, 9, &[1000, 1001, 1002]);
+        cache.compact_selected(&clean, Order::Any).unwrap();
+        assert_eq!(cache.read().nan_scores().unwrap(), 15);
+        cache.check().unwrap();
+    }
+}
+
+#[test]
+fn scores_of_nan_are_counted() {
+    nan(&Gpu::new());
+}

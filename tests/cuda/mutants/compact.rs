@@ -4,7 +4,7 @@ use simcuda::Class::OutOfBounds;
 
 use super::Caught::{By, Reference};
 use super::{RACE, UNINITIALISED, mutants};
-use crate::cache::drives;
+use crate::cache::{drives, selected};
 
 mutants! {
     "compact", drives::slide => {
@@ -23,5 +23,11 @@ mutants! {
             [1..2, 3] "setp.gt.u32 $1, $2, $3;" => "setp.ge.u32 $1, $2, $3;"; Reference, RACE;
         "fill": "a slot that is a hole counts as a move",
             [0..1, 6] "setp.ge.u32 $1, $2, $3;" => "setp.lt.u32 $1, $2, $3;"; Reference, RACE, By(OutOfBounds), UNINITIALISED;
+    }
+    "compact", selected::nan => {
+        "slide": "scores of NaN are not counted",
+            [1..2, 2] "atom.global.add.u32 $1, [$2], $3;" => ""; Reference;
+        "fill": "scores of NaN are not counted",
+            [0..1, 1] "atom.global.add.u32 $1, [$2], $3;" => ""; Reference;
     }
 }

@@ -4,6 +4,7 @@ use simcuda::Class::*;
 
 use super::Caught::{By, Reference};
 use super::{RACE, UNINITIALISED, mutants};
+use crate::pooled;
 use kvbudget_testkit::suite::{top_k, top_k_golden};
 
 const PLAIN_SHARED: &str = "{ .reg .b32 %sum; ld.shared.u32 %sum, [$2]; add.s32 %sum, %sum, 1; st.shared.u32 [$2], %sum; }";
@@ -32,6 +33,30 @@ mutants! {
             [0..1, 2] "atom.acq_rel" => "atom.relaxed"; RACE;
         "top_k_level_2": "a contest decided before all its segments are there",
             [1..2, 2] "atom.acq_rel" => "atom.relaxed"; RACE;
+    }
+    "top_k", pooled::averages => {
+        "top_k_pooled_avg": "no barrier after the tile is filled",
+            [1..2, 15] "bar.sync 0;" => ""; UNINITIALISED, RACE;
+        "top_k_pooled_avg": "no neighbours to the right",
+            [0..1, 1] "selp.b32 $1, 64, 4160, $2;" => "mov.b32 $1, 64;"; UNINITIALISED, RACE, Reference;
+        "top_k_pooled_avg": "smooths what is not pooled",
+            [1..2, 7] "min.u32 $1, $2, $3;" => "max.u32 $1, $2, $3;"; Reference;
+        "top_k_pooled_avg": "what is not pooled is not copied",
+            [8..9, 9] "ld.global.f32 $1, [$2];" => "mov.f32 $1, 0f00000000;"; Reference;
+        "top_k_pooled_avg": "results one slot too far",
+            [0..1, 1] "st.global.f32 [$1], $2;" => "st.global.f32 [$1+4], $2;";
+            Reference, RACE, By(OutOfBounds);
+        "top_k_pooled_avg": "sums that are no means",
+            [0..1, 1] "div.rn.f32 $1, $2, $3;" => "mov.f32 $1, $2;"; Reference;
+    }
+    "top_k", pooled::crowd => {
+        "top_k_pooled_avg": "no barrier before the next tile is filled",
+            [2..3, 15] "bar.sync 0;" => ""; RACE;
+    }
+    "top_k", pooled::maxima => {
+        "top_k_pooled_max": "a maximum that forgets NaN", [0..6, 6] "max.NaN.f32" => "max.f32"; Reference;
+        "top_k_pooled_max": "NaN is not counted", [0..1, 1] "st.global.u32 [$1+20], $2;" => ""; Reference;
+        "top_k_level_0": "NaN is not counted", [0..1, 1] "st.global.u32 [$1+20], $2;" => ""; Reference;
     }
     "top_k_emit", top_k_golden::cases => {
         "top_k_emit": "no barrier before the positions leave",

@@ -10,7 +10,7 @@ use super::super::append::lend;
 use super::super::driver::{Memory, Ptr};
 use super::super::floats::{Sent, Slot, Table};
 use super::super::gather::{Held, Kept};
-use super::super::selection::{self, Problem, Span};
+use super::super::selection::{self, Problem, Smoothing, Span};
 use super::super::views::HeadRows;
 use super::super::window_attention::{self, Head, Operands, Plan, Query, Segment};
 use super::super::{Cuda, DeviceLayer, DeviceSlice, Floats, Selection, check, pool, top_k};
@@ -198,13 +198,12 @@ impl Recompression {
             means: Ptr::NULL,
         };
         window_attention::launch(&cuda.driver, &self.plan, &operands, self.workspace.at(0))?;
-        let mut scores = self.scores.rows();
+        let (scores, lengths) = (self.scores.rows(), cache.lengths);
+        let mut inputs = self.problem.inputs(&self.sent, scores, lengths);
         if let (Some((kind, radius)), Some(pooled)) = (self.pool, &self.pooled) {
-            let shape = (self.scores.longest(), self.bounds.len());
-            pool::launch(cuda, kind, radius, shape, (scores, pooled.rows()), cache.lengths)?;
-            scores = pooled.rows();
+            inputs.rows = pooled.rows();
+            inputs.smoothing = Some(Smoothing { kind, radius, from: scores, lengths });
         }
-        let inputs = self.problem.inputs(&self.sent, scores, cache.lengths);
         let (cuts, positions) = (self.chosen.cuts(), self.chosen.positions());
         selection::launch(cuda, &self.shape, inputs, cuts, positions, self.workspace.at(0))
     }

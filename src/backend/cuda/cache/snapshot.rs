@@ -1,5 +1,6 @@
 //! A cache as a borrowed view: lengths and positions as they were when they were read, rows where they are.
 
+use super::super::gather::NAN;
 use super::super::{DeviceLayer, DeviceSlice};
 use super::slots::{Seen, Slots};
 use crate::backend::AttendView;
@@ -64,6 +65,12 @@ impl Snapshot<'_> {
     /// Tokens the sequence has seen: the position of the next one.
     pub fn tokens(&self) -> u32 {
         self.seen.tokens
+    }
+    /// Scores of NaN among those of the selections that this cache was filled and thinned by since it was made or
+    /// repacked: nothing waits to refuse them on the device, they rank below all others. Protected slots, whose scores
+    /// nobody looks at, do not count. Waits for the stream.
+    pub fn nan_scores(&self) -> Result<u32> {
+        Ok(self.slots.counters()?[NAN])
     }
     /// Bytes of the keys and values held.
     pub fn bytes_used(&self) -> u64 {

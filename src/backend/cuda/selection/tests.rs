@@ -4,10 +4,11 @@
 use std::ops::Range;
 
 use super::*;
+use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Floats;
 use crate::backend::cuda::driver::Memory;
-use crate::backend::{Backend, ops::TopK};
+use crate::backend::ops::{Pool, TopK};
 
 /// The last `n` slots.
 fn last(n: i64) -> Span {
@@ -64,7 +65,11 @@ fn lengths_are_the_devices() {
         [vec![sinks, last(32)], vec![last(2000)], vec![], vec![sinks, Span::from(50..60), last(1)]]
             .into_iter()
             .collect();
-    for per_block in [1, 2, 5] {
+    let (avg, max) = (|radius| Some((Pooling::Avg, radius)), Some((Pooling::Max, 64)));
+    let smoothed = Floats::new(&cuda, &longest).expect("rows");
+    for (per_block, smooth) in
+        [(1, None), (2, None), (5, None), (1, avg(2)), (2, avg(31)), (2, max), (5, avg(0))]
+    {
         let mut problem = Problem::new(&cuda, &contests, &protected, &longest).expect("a problem");
         problem.shape.per_block = per_block;
         let shape = problem.shape;
@@ -78,7 +83,15 @@ fn lengths_are_the_devices() {
         for lens in [longest, [8999, 4096, 0, 12_288], [36, 2000, 1, 61], [0; 4], longest] {
             let now = Memory::new(&cuda.driver, "lengths", size_of_val(&lens)).expect("lengths");
             now.write(0, &lens).expect("lengths");
-            let inputs = Inputs { lengths: now.at(0), ..inputs };
+            let mut inputs = Inputs { lengths: now.at(0), ..inputs };
+            let mut scores = rows.clone();
+            if let Some((kind, radius)) = smooth {
+                let lengths = now.at(0);
+                let smoothing = Smoothing { kind, radius, from: on_device.rows(), lengths };
+                (inputs.rows, inputs.smoothing) = (smoothed.rows(), Some(smoothing));
+                let pool = Pool { kind, kernel: 2 * radius + 1, lens: &lens };
+                Cpu::new().pool(&pool, &mut scores).expect("pooled rows");
+            }
             let out = |bytes| {
                 let memory = Memory::new(&cuda.driver, "a selection", bytes).expect("memory");
                 memory.clear(0, bytes).expect("memory");
@@ -94,8 +107,8 @@ fn lengths_are_the_devices() {
             let (cuts, positions) = (cuts.expect("cuts"), positions.expect("positions"));
             let of = |cut: &Cut| positions[cut.start as usize..][..cut.count as usize].to_vec();
             let got: Ragged<u32> = cuts.iter().map(of).collect();
-            let want = want(&rows, &lens, &contests, &protected);
-            assert_eq!(got, want, "{lens:?}, {per_block} tiles a block");
+            let want = want(&scores, &lens, &contests, &protected);
+            assert_eq!(got, want, "{lens:?}, {per_block} tiles a block, {smooth:?}");
         }
     }
 }
