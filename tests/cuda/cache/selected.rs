@@ -100,7 +100,7 @@ fn select_with_nan(gpu: &Gpu, len: u32, nan: &[u32]) -> Selection {
         [Contest { segments: 0..2, budget: u64::from(len), floors: vec![u64::from(len / 3); 2] }];
     let spared = nan[2].min(len - 1);
     // The second head's third NaN is one of a slot that is kept anyhow.
-    let protected = [vec![0..1], vec![spared..spared + 1]].into_iter().collect();
+    let protected: Ragged<_> = [0..1, spared..spared + 1].map(|r| vec![r]).into_iter().collect();
     let op = TopK { contests: &contests, protected: &protected };
     let rows = gpu.cuda.upload(rows).unwrap();
     gpu.cuda.top_k(&op, &[(&rows, 0..2)]).unwrap()
