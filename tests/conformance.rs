@@ -4,13 +4,15 @@ use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use kvbudget::backend::cpu::Cpu;
+use kvbudget::backend::cpu::{Cpu, Isa};
 use kvbudget_testkit::mutate::{Mutation, Tampered};
 use kvbudget_testkit::{conformance, suite};
 
 conformance!(cpu, Cpu::new());
-conformance!(cpu_one_thread, threads(1));
-conformance!(cpu_three_threads, threads(3));
+// What other machines have, as far as this one does.
+conformance!(cpu_avx512, Cpu::new().with_isa(Isa::Avx512));
+conformance!(cpu_avx2_three_threads, threads(3).with_isa(Isa::Avx2));
+conformance!(cpu_portable_one_thread, threads(1).with_isa(Isa::Portable));
 
 fn threads(n: usize) -> Cpu {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build();

@@ -3,6 +3,7 @@
 //! It is the fallback everywhere and the reference that kernels are held to. Every reduction has a fixed
 //! order, so results do not depend on the number of threads.
 
+mod amx;
 mod attend;
 mod key_scores;
 mod lag;
@@ -25,6 +26,8 @@ use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::ragged::Ragged;
 use crate::view::{LayerView, Storage};
+
+pub use tile::Isa;
 
 /// Borrowed elements on the host.
 #[derive(Debug, Clone, Copy)]
@@ -58,9 +61,16 @@ impl Storage for HostSlice<'_> {
 pub type HostLayer<'a> = LayerView<'a, HostSlice<'a>>;
 
 /// The CPU as a backend.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Cpu {
     pool: Option<Arc<rayon::ThreadPool>>,
+    isa: Isa,
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        Self { pool: None, isa: Isa::best() }
+    }
 }
 
 impl Cpu {
@@ -71,7 +81,12 @@ impl Cpu {
 
     /// Runs on `pool`.
     pub fn with_pool(pool: Arc<rayon::ThreadPool>) -> Self {
-        Self { pool: Some(pool) }
+        Self { pool: Some(pool), ..Self::default() }
+    }
+
+    /// Uses no instructions beyond these, nor those that the machine lacks. Results agree to rounding.
+    pub fn with_isa(self, isa: Isa) -> Self {
+        Self { isa: isa.min(Isa::best()), ..self }
     }
 
     fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
@@ -118,7 +133,7 @@ impl Backend for Cpu {
         out: &mut Ragged<f32>,
         mean: Option<&mut Ragged<f32>>,
     ) -> Result<()> {
-        self.run(|| window_attention::run(op, layers, out, mean))
+        self.run(|| window_attention::run(self.isa, op, layers, out, mean))
     }
     fn pool(&self, op: &Pool<'_>, rows: &mut Ragged<f32>) -> Result<()> {
         self.run(|| pool::run(op, rows))

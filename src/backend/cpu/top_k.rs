@@ -7,8 +7,10 @@
 //! total reaches the budget. Keys equal to the cut go to segments in order, within a segment to the first slots.
 //! One further pass emits the slots ascending.
 //!
-//! Integer counts only: the selection is the same for every thread count. Cost: four reads of the keys.
+//! Integer counts only: the selection is the same for every thread count. Cost: two reads of the keys, one of those that
+//! share the first digit of the cut for each later digit, and one to emit. No branch depends on a key.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -70,16 +72,17 @@ struct Cut {
 
 impl Cut {
     fn emit(&self, keys: &[u32], out: &mut [u32]) {
+        let Some(last) = out.len().checked_sub(1) else { return };
         let (mut ties, mut next) = (self.ties, 0);
         for (slot, &k) in keys.iter().enumerate() {
-            if next == out.len() {
+            // Where nothing is kept, the next slot overwrites this one; past the end, the last one stays.
+            if next > last {
                 break;
             }
-            if k > self.threshold || (k == self.threshold && ties > 0) {
-                ties -= usize::from(k == self.threshold);
-                out[next] = slot as u32;
-                next += 1;
-            }
+            out[next] = slot as u32;
+            let tie = usize::from(k == self.threshold) & usize::from(ties > 0);
+            ties -= tie;
+            next += usize::from(k > self.threshold) | tie;
         }
     }
 
@@ -88,7 +91,7 @@ impl Cut {
         if count == 0 {
             return Self { threshold: u32::MAX, ties: 0, count };
         }
-        let mut descent = Descent::new(vec![keys]);
+        let mut descent = Descent::new(&[keys]);
         descent.run(|counts| counts[0] >= count as u64);
         Self { threshold: descent.prefix, ties: count - descent.above[0] as usize, count }
     }
@@ -104,11 +107,11 @@ fn cuts_of(contest: &Contest, keys: &Ragged<u32>) -> Vec<Cut> {
         return rows.iter().map(|keys| Cut::of_segment(keys, 0)).collect();
     }
     let floors = &contest.floors;
-    let mut descent = Descent::new(rows);
+    let mut descent = Descent::new(&rows);
     descent.run(|counts| {
         counts.iter().zip(floors).map(|(&c, &f)| c.max(f)).sum::<u64>() >= contest.budget
     });
-    let Descent { rows, above, equal, prefix } = descent;
+    let Descent { above, equal, prefix, .. } = descent;
     let taken: u64 = above.iter().zip(floors).map(|(&a, &f)| a.max(f)).sum();
     let mut rest = contest.budget - taken;
     let mut cuts = Vec::with_capacity(rows.len());
@@ -130,7 +133,8 @@ fn cuts_of(contest: &Contest, keys: &Ragged<u32>) -> Vec<Cut> {
 
 /// Finds the largest key `x` such that the counts of keys `>= x`, by segment, still satisfy a monotone test.
 struct Descent<'a> {
-    rows: Vec<&'a [u32]>,
+    /// Keys that share the prefix, by segment.
+    rows: Vec<Cow<'a, [u32]>>,
     /// Keys above the prefix's range, by segment.
     above: Vec<u64>,
     /// Keys equal to the final prefix, by segment.
@@ -139,31 +143,19 @@ struct Descent<'a> {
 }
 
 impl<'a> Descent<'a> {
-    fn new(rows: Vec<&'a [u32]>) -> Self {
+    fn new(rows: &[&'a [u32]]) -> Self {
         let n = rows.len();
+        let rows = rows.iter().map(|row| Cow::Borrowed(*row)).collect();
         Self { rows, above: vec![0; n], equal: vec![0; n], prefix: 0 }
     }
 
     /// `reached` must hold for the counts of all keys, and keep holding as counts grow.
     fn run(&mut self, reached: impl Fn(&[u64]) -> bool) {
         for (shift, bits) in DIGITS {
-            let bins = 1usize << bits;
-            // Keys whose higher bits equal the prefix: their next digit.
-            let high = shift + bits;
-            let matches = |k: u32| high == 32 || k >> high == self.prefix >> high;
-            let histograms: Vec<Vec<u32>> = self
-                .rows
-                .par_iter()
-                .map(|keys| {
-                    let mut histogram = vec![0u32; BINS];
-                    for &k in keys.iter().filter(|&&k| matches(k)) {
-                        histogram[(k >> shift) as usize & (bins - 1)] += 1;
-                    }
-                    histogram
-                })
-                .collect();
+            let histograms: Vec<Vec<u32>> =
+                self.rows.par_iter().map(|keys| histogram(keys, shift, bits)).collect();
             let mut counts = self.above.clone();
-            for bin in (0..bins).rev() {
+            for bin in (0..1 << bits).rev() {
                 self.above.copy_from_slice(&counts);
                 counts.iter_mut().zip(&histograms).for_each(|(c, h)| *c += u64::from(h[bin]));
                 if reached(&counts) {
@@ -172,8 +164,54 @@ impl<'a> Descent<'a> {
                     break;
                 }
             }
+            if shift > 0 {
+                let digit = self.prefix >> shift;
+                let (rows, equal) = (&mut self.rows, &self.equal);
+                rows.par_iter_mut().zip(equal).for_each(|(keys, &count)| {
+                    // Nothing to do where all keys are alike.
+                    if count < keys.len() as u64 {
+                        *keys = Cow::Owned(sharing(keys, digit, shift, count as usize));
+                    }
+                });
+            }
         }
     }
+}
+
+/// How many keys have each digit.
+fn histogram(keys: &[u32], shift: u32, bits: u32) -> Vec<u32> {
+    /// Equal keys would wait for each other's counter.
+    const COPIES: usize = 4;
+    let mut copies = vec![[0u32; BINS]; COPIES];
+    let digit = |k: u32| (k >> shift) as usize & ((1 << bits) - 1) & (BINS - 1);
+    let (chunks, rest) = keys.as_chunks::<COPIES>();
+    if let [a, b, c, d] = copies.as_mut_slice() {
+        for &[k, l, m, n] in chunks {
+            a[digit(k)] += 1;
+            b[digit(l)] += 1;
+            c[digit(m)] += 1;
+            d[digit(n)] += 1;
+        }
+        rest.iter().for_each(|&k| a[digit(k)] += 1);
+    }
+    let mut sum = vec![0; BINS];
+    for copy in &copies {
+        sum.iter_mut().zip(copy).for_each(|(sum, &n)| *sum += n);
+    }
+    sum
+}
+
+/// The `count` keys whose leading digits are the given ones.
+fn sharing(keys: &[u32], digits: u32, shift: u32, count: usize) -> Vec<u32> {
+    // One more, which the keys after the last one overwrite.
+    let mut found = vec![0; count + 1];
+    let mut next = 0;
+    for &k in keys {
+        found[next] = k;
+        next += usize::from(k >> shift == digits);
+    }
+    found.truncate(count);
+    found
 }
 
 /// Fixed-point unit of attention mass: sums of integers have no order.

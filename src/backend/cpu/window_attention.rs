@@ -7,65 +7,97 @@
 //! `[Hq, W, len]` costs more memory than a second product costs time. Pass 1 finds the maximum and the sums
 //! of each row; pass 2 forms probabilities tile by tile and reduces them at once. With the prefill's
 //! log-sum-exp pass 1 is skipped, unless `row_pool` needs the mass that a row has on the past.
-//! Cost: `4·Hq·W·len·D` flops, two reads of K, and as many exponentials as probabilities, twice. Scratch per
-//! thread: a tile of K, a block of queries and their product, under 0.5 MiB at `D = 128`.
+//! Cost: `4·Hq·W·len·D` flops, two reads of K (the second from cache: heads are done a few at a time), and as many
+//! exponentials as probabilities, twice. Scratch per thread: a tile of K and its product with a block of queries.
 //!
 //! Positions ascend, so the slots that a query sees are a prefix of the head, and so is the past. Every tile
-//! and piece has a size that follows from the shapes; partial results are joined in slot order: the number of
-//! threads does not change a bit.
+//! and piece has a size that follows from the shapes and the instruction set; partial results are joined in slot order:
+//! the number of threads does not change a bit.
 
+mod queries;
+mod reduce;
 mod stats;
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::tile::{self, exp, max2, simd};
+use super::tile::{self, Isa, LANES};
 use super::{HostLayer, HostSlice};
 use crate::backend::check;
 use crate::backend::ops::{Reduce, WindowAttention};
 use crate::error::{Error, Result};
 use crate::ragged::Ragged;
 use crate::view::Rows;
+use queries::{Product, Queries};
+use reduce::{Chunk, Factors};
 use stats::{Stat, row_stats};
 
-/// Slots per tile: K tile, queries and logits stay in L2 together.
-const TILE: usize = 256;
 /// Query rows per block (of all heads of a group); at least one token's.
 const BLOCK: usize = 128;
+/// Blocks of queries that are kept for all tasks; longer windows load theirs in each.
+const KEPT: usize = 4;
+/// Slots of a task of pass 2.
+const CHUNK: usize = 1024;
+/// Keys, in bytes, that a thread's share of the caches holds from one pass to the next.
+const CACHED: usize = 4 << 20;
 
 const METHOD: &str = "window attention";
 
+/// A value of each of some rows.
+type Lanes = [f32; LANES];
+
 pub(super) fn run(
+    isa: Isa,
     op: &WindowAttention,
     layers: &[HostLayer<'_>],
     out: &mut Ragged<f32>,
-    mut mean: Option<&mut Ragged<f32>>,
+    mean: Option<&mut Ragged<f32>>,
 ) -> Result<()> {
     check::window_attention(op, layers, out, mean.as_deref())?;
     let heads =
         tile::segments(layers).map(|(l, h)| Head::new(op, l, h)).collect::<Result<Vec<_>>>()?;
-    let stats = row_stats(&heads);
+    let mut rows = out.rows_mut().into_iter();
+    let mut means = mean.map(|mean| mean.rows_mut().into_iter());
+    let mut heads = heads.as_slice();
+    while !heads.is_empty() {
+        let mut bytes = 0;
+        let room = CACHED * rayon::current_num_threads();
+        let fit = heads.iter().take_while(|head| {
+            let before = bytes;
+            bytes += head.bytes();
+            before < room
+        });
+        let (now, later) = heads.split_at(fit.count());
+        heads = later;
+        let means = means.as_mut().map(|rows| rows.take(now.len()).collect());
+        score(isa, now, rows.by_ref().take(now.len()).collect(), means);
+    }
+    Ok(())
+}
 
-    let means = mean.as_mut().map(|m| m.rows_mut());
+/// Scores of some heads.
+fn score(isa: Isa, heads: &[Head<'_>], out: Vec<&mut [f32]>, means: Option<Vec<&mut [f32]>>) {
+    let kept: Vec<Vec<Queries>> = heads.par_iter().map(|head| head.kept(isa)).collect();
+    let stats = row_stats(isa, heads, &kept);
+    let factors: Vec<Vec<Vec<Factors>>> =
+        heads.iter().zip(&stats).map(|(head, stats)| head.factors(stats)).collect();
     let mut means = means.into_iter().flatten();
     let mut tasks = Vec::new();
-    for ((head, stats), row) in heads.iter().zip(&stats).zip(out.rows_mut()) {
+    for (((head, kept), factors), row) in heads.iter().zip(&kept).zip(&factors).zip(out) {
         row.fill(0.0);
-        let (scored, _) = row.split_at_mut(head.scored);
         let mut mean = means.next().map(|row| {
             row.fill(0.0);
-            row.chunks_mut(TILE)
+            row.chunks_mut(CHUNK)
         });
-        for (i, out) in scored.chunks_mut(TILE).enumerate() {
+        for (i, out) in row[..head.scored].chunks_mut(CHUNK).enumerate() {
             let mean = mean.as_mut().and_then(Iterator::next);
-            tasks.push((Tile { head, stats, start: i * TILE }, out, mean));
+            tasks.push((Chunk { isa, head, kept, factors, start: i * CHUNK }, out, mean));
         }
     }
-    tasks.into_par_iter().for_each_init(Scratch::default, |scratch, (tile, out, mean)| {
-        tile.reduce(scratch, out, mean)
+    tasks.into_par_iter().for_each_init(Scratch::default, |scratch, (chunk, out, mean)| {
+        chunk.reduce(scratch, out, mean)
     });
-    Ok(())
 }
 
 /// One segment: what of it is scored, by which queries.
@@ -129,6 +161,78 @@ impl<'a> Head<'a> {
         (0..window).step_by(block).map(move |w| w..window.min(w + block))
     }
 
+    /// Bytes of its keys.
+    fn bytes(&self) -> usize {
+        let k = self.layer.k();
+        k.len(self.head) * k.dim() * k.dtype().size()
+    }
+
+    /// Whether the heads of the group are reduced each by itself before they meet.
+    fn apart(&self) -> bool {
+        self.group > 1 && self.window > 1 && self.op.over_window != self.op.over_group
+    }
+
+    /// How rows are reduced; heads that are [`apart`](Self::apart), each by itself.
+    fn reduction(&self) -> Reduce {
+        if self.window == 1 { self.op.over_group } else { self.op.over_window }
+    }
+
+    /// Head of the group and window token of each row of a block, padding included.
+    fn rows(&self, block: &Range<usize>) -> Vec<Option<(usize, usize)>> {
+        let shape = queries::Shape::new(self, block);
+        let row = |i: usize| {
+            let (g, w) = (i / shape.pitch, block.start + i % shape.pitch);
+            (g < self.group && w < block.end).then_some((g, w))
+        };
+        (0..shape.width).map(row).collect()
+    }
+
+    /// Slots of each row of a block up to a limit that depends on its window token.
+    fn limits(&self, block: &Range<usize>, limit: impl Fn(usize) -> usize) -> Vec<[u32; LANES]> {
+        let limits: Vec<u32> = block.clone().map(|w| limit(w) as u32).collect();
+        let of = |row: Option<(usize, usize)>| row.map_or(0, |(_, w)| limits[w - block.start]);
+        let rows: Vec<u32> = self.rows(block).into_iter().map(of).collect();
+        rows.as_chunks().0.to_vec()
+    }
+
+    /// Queries of short windows, by block.
+    fn kept(&self, isa: Isa) -> Vec<Queries> {
+        let blocks: Vec<_> = self.blocks().collect();
+        if blocks.len() > KEPT {
+            return Vec::new();
+        }
+        let load = |block: Range<usize>| {
+            let mut queries = Queries::default();
+            queries.load(isa, self, block);
+            queries
+        };
+        blocks.into_iter().map(load).collect()
+    }
+
+    /// By block of rows, by block of lanes.
+    fn factors(&self, stats: &[Vec<Stat>]) -> Vec<Vec<Factors>> {
+        let of = |(block, stats): (Range<usize>, &Vec<Stat>)| {
+            let visible = self.limits(&block, |w| self.visible(w));
+            let reached = self.limits(&block, |w| self.reached(w));
+            let lanes = stats.iter().zip(visible).zip(reached);
+            lanes
+                .map(|((stat, visible), reached)| Factors::new(self, stat, visible, reached))
+                .collect()
+        };
+        self.blocks().zip(stats).map(of).collect()
+    }
+
+    /// What a slot counts for in a row's mass, and in that of the pooled row.
+    #[inline(always)]
+    fn weights(&self, slot: usize) -> (f32, f32) {
+        let (n, r) = (self.scored, self.radius());
+        if slot >= n {
+            return (0.0, 0.0);
+        }
+        let windows = (slot + r).min(n - 1) - slot.saturating_sub(r) + 1;
+        (1.0, windows as f32 / (2 * r + 1) as f32)
+    }
+
     /// Radius of the row pooling.
     fn radius(&self) -> usize {
         self.op.row_pool.unwrap_or(1) as usize / 2
@@ -146,158 +250,8 @@ impl<'a> Head<'a> {
 /// A thread's buffers.
 #[derive(Default)]
 struct Scratch {
-    queries: Vec<f32>,
-    keys: Vec<f32>,
-    /// Logits, then exponentials: `[g, w, slot]`.
-    logits: Vec<f32>,
-    /// One pooled row.
-    row: Vec<f32>,
-}
-
-impl Scratch {
-    /// Queries of a block, `[g, w, D]`, scaled so that their products are logits.
-    fn load_queries(&mut self, head: &Head<'_>, block: Range<usize>) {
-        let dim = head.q.dim();
-        self.queries.resize(head.group * block.len() * dim, 0.0);
-        for (g, dst) in self.queries.chunks_exact_mut(block.len() * dim).enumerate() {
-            let hq = head.head * head.group + g;
-            let first = head.q.len(hq) - head.window();
-            tile::widen_rows(head.q, hq, first + block.start..first + block.end, dst);
-        }
-        // Before the product, which could overflow otherwise.
-        let scale = (1.0 / (dim as f64).sqrt()) as f32;
-        self.queries.iter_mut().for_each(|x| *x *= scale);
-    }
-
-    fn load_keys(&mut self, head: &Head<'_>, slots: Range<usize>) {
-        self.keys.resize(slots.len() * head.q.dim(), 0.0);
-        tile::widen_rows(head.layer.k(), head.head, slots, &mut self.keys);
-    }
-
-    fn multiply(&mut self, dim: usize) {
-        self.logits.resize(self.queries.len() / dim * (self.keys.len() / dim), 0.0);
-        tile::matmul_nt(dim, &self.queries, &self.keys, &mut self.logits);
-    }
-}
-
-/// Pass 2: the scores of up to [`TILE`] slots.
-struct Tile<'a> {
-    head: &'a Head<'a>,
-    stats: &'a [Stat],
-    start: usize,
-}
-
-impl Tile<'_> {
-    fn reduce(&self, x: &mut Scratch, out: &mut [f32], mean: Option<&mut [f32]>) {
-        let head = self.head;
-        let (group, width, radius) = (head.group, out.len(), head.radius());
-        let end = self.start + width;
-        // The tile and its halo.
-        let slots = self.start.saturating_sub(radius)..head.scored.min(end + radius);
-        x.load_keys(head, slots.clone());
-        let mut scores = Reduction::new(head.op.over_window, group, width);
-        let mut means = mean.is_some().then(|| Reduction::new(Reduce::Mean, group, width));
-        for block in head.blocks().filter(|b| head.visible(b.end - 1) > slots.start) {
-            x.load_queries(head, block.clone());
-            x.multiply(head.q.dim());
-            let stats = &self.stats[block.start * group..block.end * group];
-            let rows = x.logits.chunks_exact_mut(slots.len());
-            for (r, (row, stat)) in rows.zip(stats).enumerate() {
-                let (g, w) = (r / block.len(), block.start + r % block.len());
-                let seen = head.reached(w).clamp(slots.start, slots.end) - slots.start;
-                simd(
-                    #[inline(always)]
-                    || {
-                        row[..seen].iter_mut().for_each(|x| *x = exp(*x - stat.max));
-                        row[seen..].fill(0.0);
-                        let own = &row[self.start - slots.start..][..width];
-                        if let Some(means) = &mut means {
-                            means.add(g, own, stat.inverse());
-                        }
-                        match head.op.row_pool {
-                            None => scores.add(g, own, stat.inverse()),
-                            Some(kernel) => {
-                                window_sums(
-                                    row,
-                                    self.start - slots.start,
-                                    radius,
-                                    width,
-                                    &mut x.row,
-                                );
-                                scores.add(g, &x.row, stat.pooled_inverse(kernel));
-                            }
-                        }
-                    },
-                );
-            }
-            scores.end_block();
-            means.iter_mut().for_each(Reduction::end_block);
-        }
-        scores.finish(head, head.op.over_group, out);
-        if let (Some(means), Some(mean)) = (means, mean) {
-            means.finish(head, Reduce::Mean, mean);
-            mean[head.past.clamp(self.start, end) - self.start..].fill(0.0);
-        }
-    }
-}
-
-/// `out[i] = Σ row[first + i - radius ..= first + i + radius]`, zeros beyond the row's ends.
-#[inline(always)]
-fn window_sums(row: &[f32], first: usize, radius: usize, width: usize, out: &mut Vec<f32>) {
-    out.clear();
-    out.resize(width, 0.0);
-    // Tap by tap, so that the loop runs along slots.
-    for tap in 0..2 * radius + 1 {
-        // out[i] += row[first + tap - radius + i], where that exists.
-        let (skip, from) =
-            (radius.saturating_sub(first + tap).min(width), (first + tap).saturating_sub(radius));
-        let from = from.min(row.len());
-        out[skip..].iter_mut().zip(&row[from..]).for_each(|(o, &x)| *o += x);
-    }
-}
-
-/// Running reduction over the window, per head of the group.
-struct Reduction {
-    kind: Reduce,
-    width: usize,
-    /// Maxima so far, or the sums of the current block: `[g, slot]`.
-    part: Vec<f32>,
-    /// Sums of the blocks before; windows can be long.
-    sums: Vec<f64>,
-}
-
-impl Reduction {
-    fn new(kind: Reduce, group: usize, width: usize) -> Self {
-        let sums = if kind == Reduce::Mean { vec![0.0; group * width] } else { Vec::new() };
-        Self { kind, width, part: vec![0.0; group * width], sums }
-    }
-
-    #[inline(always)]
-    fn add(&mut self, g: usize, row: &[f32], factor: f32) {
-        let part = self.part[g * self.width..][..self.width].iter_mut().zip(row);
-        match self.kind {
-            Reduce::Mean => part.for_each(|(a, &x)| *a += x * factor),
-            Reduce::Max => part.for_each(|(a, &x)| *a = max2(*a, x * factor)),
-        }
-    }
-
-    fn end_block(&mut self) {
-        for (sum, part) in self.sums.iter_mut().zip(&mut self.part) {
-            *sum += f64::from(std::mem::take(part));
-        }
-    }
-
-    fn finish(mut self, head: &Head<'_>, over_group: Reduce, out: &mut [f32]) {
-        let window = head.window() as f64;
-        for (part, sum) in self.part.iter_mut().zip(&self.sums) {
-            *part = (sum / window) as f32;
-        }
-        for (i, out) in out.iter_mut().enumerate() {
-            let heads = self.part.iter().skip(i).step_by(self.width);
-            *out = match over_group {
-                Reduce::Mean => heads.sum::<f32>() / head.group as f32,
-                Reduce::Max => heads.copied().fold(0.0, max2),
-            };
-        }
-    }
+    queries: Queries,
+    product: Product,
+    scores: reduce::Sums,
+    means: reduce::Sums,
 }

@@ -9,165 +9,350 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::super::tile::{self, exp, max, max2, simd};
-use super::{Head, Scratch, TILE};
+use super::super::tile::{Arithmetic, Isa, Kernel, LANES, exp2};
+use super::queries::{Product, Queries, tile};
+use super::{Head, Lanes, Scratch};
 
 /// Slots that a task gets at least, and pieces that a block's slots are cut into at most.
-const PIECE: usize = 4 * TILE;
+const PIECE: usize = 1024;
 const PIECES: usize = 64;
 
-/// Softmax statistics of one query row.
+/// Softmax statistics of [`LANES`] query rows.
 #[derive(Clone, Copy)]
 pub(super) struct Stat {
-    /// What is subtracted from the logits: their maximum, or the log-sum-exp.
-    pub(super) max: f32,
+    /// What is subtracted from logits to base two: their maximum, or the log-sum-exp.
+    pub(super) max: Lanes,
     /// Sum of the exponentials over what the row sees.
-    sum: f64,
+    sum: [f64; LANES],
     /// The part of it on scored slots.
-    base: f64,
+    base: [f64; LANES],
     /// The sum of the pooled row, before it is scaled back to `base`.
-    pooled: f64,
+    pooled: [f64; LANES],
 }
 
 impl Stat {
-    const EMPTY: Self = Self { max: f32::NEG_INFINITY, sum: 0.0, base: 0.0, pooled: 0.0 };
+    pub(super) const EMPTY: Self = Self {
+        max: [f32::NEG_INFINITY; LANES],
+        sum: [0.0; LANES],
+        base: [0.0; LANES],
+        pooled: [0.0; LANES],
+    };
 
     /// Moves the sums to another maximum.
-    fn rescale(&mut self, max: f32) {
-        if self.max == max {
-            return;
+    #[inline(always)]
+    fn rescale<A: Arithmetic>(&mut self, max: &Lanes) {
+        let mut factor = [0.0; LANES];
+        for l in 0..LANES {
+            // Of nothing but infinitely small ones the sums stay zero.
+            let to = if max[l] == f32::NEG_INFINITY { 0.0 } else { max[l] };
+            factor[l] = exp2::<A>(self.max[l] - to);
         }
-        // A row that has seen nothing has no maximum: its sums are zeros, whatever the factor.
-        let factor = if self.sum == 0.0 { 1.0 } else { f64::from(self.max - max).exp() };
-        self.max = max;
-        self.sum *= factor;
-        self.base *= factor;
-        self.pooled *= factor;
+        for l in 0..LANES {
+            let factor = f64::from(factor[l]);
+            self.sum[l] *= factor;
+            self.base[l] *= factor;
+            self.pooled[l] *= factor;
+        }
+        self.max = *max;
+    }
+
+    /// Adds sums of exponentials less the maximum.
+    #[inline(always)]
+    fn add(&mut self, sum: &Lanes, base: &Lanes, pooled: &Lanes) {
+        for l in 0..LANES {
+            self.sum[l] += f64::from(sum[l]);
+            self.base[l] += f64::from(base[l]);
+            self.pooled[l] += f64::from(pooled[l]);
+        }
     }
 
     fn merge(&mut self, mut other: Self) {
-        if other.sum == 0.0 {
-            return;
+        let max = std::array::from_fn(|l| greater(self.max[l], other.max[l]));
+        other.rescale::<Unfused>(&max);
+        self.rescale::<Unfused>(&max);
+        for l in 0..LANES {
+            self.sum[l] += other.sum[l];
+            self.base[l] += other.base[l];
+            self.pooled[l] += other.pooled[l];
         }
-        let max = max2(self.max, other.max);
-        self.rescale(max);
-        other.rescale(max);
-        self.sum += other.sum;
-        self.base += other.base;
-        self.pooled += other.pooled;
+    }
+
+    /// A row that saw something: all of it infinitely small is 0 / 0.
+    fn sum(&self, l: usize, seen: bool) -> f64 {
+        if seen && self.max[l] == f32::NEG_INFINITY { f64::NAN } else { self.sum[l] }
     }
 
     /// Factor from exponential to probability.
-    pub(super) fn inverse(&self) -> f32 {
-        if self.sum == 0.0 { 0.0 } else { (1.0 / self.sum) as f32 }
+    pub(super) fn inverse(&self, l: usize, seen: bool) -> f32 {
+        let sum = self.sum(l, seen);
+        if sum == 0.0 { 0.0 } else { (1.0 / sum) as f32 }
     }
 
     /// Factor from a sum of `kernel` exponentials to the pooled row at its former mass.
-    pub(super) fn pooled_inverse(&self, kernel: u32) -> f32 {
-        if self.sum.is_nan() {
+    pub(super) fn pooled_inverse(&self, l: usize, seen: bool, kernel: u32) -> f32 {
+        let sum = self.sum(l, seen);
+        if sum.is_nan() {
             return f32::NAN;
         }
-        if self.pooled == 0.0 || self.sum == 0.0 {
+        if self.pooled[l] == 0.0 || sum == 0.0 {
             return 0.0;
         }
-        (self.base / self.pooled / (self.sum * f64::from(kernel))) as f32
+        (self.base[l] / self.pooled[l] / (sum * f64::from(kernel))) as f32
     }
 }
 
-/// Pass 1: statistics of every row, by head; rows are `[g, w]` within each block of the window.
-pub(super) fn row_stats(heads: &[Head<'_>]) -> Vec<Vec<Stat>> {
+/// Rounded twice, on every machine.
+struct Unfused;
+impl Arithmetic for Unfused {
+    fn mul_add(a: f32, b: f32, c: f32) -> f32 {
+        a * b + c
+    }
+}
+
+/// The greater, or the one that is a number.
+#[inline(always)]
+fn greater(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
+}
+
+/// Pass 1: statistics of all rows of each block of each head.
+pub(super) fn row_stats(
+    isa: Isa,
+    heads: &[Head<'_>],
+    kept: &[Vec<Queries>],
+) -> Vec<Vec<Vec<Stat>>> {
     let mut tasks = Vec::new();
     for (i, head) in heads.iter().enumerate() {
         if head.scored == 0 || (head.layer.lse().is_some() && head.op.row_pool.is_none()) {
             continue;
         }
         let pieces = (PIECES / head.blocks().count()).max(1);
-        for block in head.blocks() {
+        for (b, block) in head.blocks().enumerate() {
             let seen = head.visible(block.end - 1);
-            let piece = seen.div_ceil(pieces).max(PIECE).next_multiple_of(TILE);
+            let piece = seen.div_ceil(pieces).next_multiple_of(PIECE);
             for start in (0..seen).step_by(piece) {
-                tasks.push((i, block.clone(), start..seen.min(start + piece)));
+                tasks.push((i, b, block.clone(), start..seen.min(start + piece)));
             }
         }
     }
     let parts: Vec<Vec<Stat>> = tasks
         .par_iter()
-        .map_init(Scratch::default, |scratch, (i, block, slots)| {
-            heads[*i].block_stats(scratch, block.clone(), slots.clone())
+        .map_init(Scratch::default, |scratch, (i, b, block, slots)| {
+            let kept = kept[*i].get(*b);
+            heads[*i].block_stats(isa, scratch, kept, block.clone(), slots.clone())
         })
         .collect();
-    let mut stats: Vec<Vec<Stat>> = heads.iter().map(Head::initial_stats).collect();
-    for ((i, block, _), part) in tasks.into_iter().zip(parts) {
-        let first = block.start * heads[i].group;
-        stats[i][first..].iter_mut().zip(part).for_each(|(stat, part)| stat.merge(part));
+    let mut stats: Vec<Vec<Vec<Stat>>> = heads.iter().map(Head::initial_stats).collect();
+    for ((i, b, ..), part) in tasks.into_iter().zip(parts) {
+        stats[i][b].iter_mut().zip(part).for_each(|(stat, part)| stat.merge(part));
     }
     stats
 }
 
 impl Head<'_> {
     /// What is known before pass 1: with a log-sum-exp, everything but the masses on scored slots.
-    fn initial_stats(&self) -> Vec<Stat> {
-        let mut stats = Vec::with_capacity(self.group * self.window());
-        for block in self.blocks() {
-            for g in 0..self.group {
-                stats.extend(block.clone().map(|w| match self.lse(g, w) {
-                    Some(lse) if self.op.row_pool.is_none() => {
-                        Stat { max: lse, sum: 1.0, ..Stat::EMPTY }
+    fn initial_stats(&self) -> Vec<Vec<Stat>> {
+        self.blocks()
+            .map(|block| {
+                let rows = self.rows(&block);
+                let mut stats = vec![Stat::EMPTY; rows.len().div_ceil(LANES)];
+                for (i, row) in rows.into_iter().enumerate() {
+                    let lse = row.and_then(|(g, w)| self.lse(g, w));
+                    if let (Some(lse), None) = (lse, self.op.row_pool) {
+                        let stat = &mut stats[i / LANES];
+                        let exact = f64::from(lse) * std::f64::consts::LOG2_E;
+                        let max = exact as f32;
+                        stat.max[i % LANES] = max;
+                        // Not quite one: rounding costs a large logarithm its last digits.
+                        let rest = if max.is_finite() { exact - f64::from(max) } else { 0.0 };
+                        stat.sum[i % LANES] = rest.exp2();
                     }
-                    _ => Stat::EMPTY,
-                }));
-            }
-        }
-        stats
+                }
+                stats
+            })
+            .collect()
     }
 
-    fn block_stats(&self, x: &mut Scratch, block: Range<usize>, slots: Range<usize>) -> Vec<Stat> {
-        let mut stats = vec![Stat::EMPTY; self.group * block.len()];
-        x.load_queries(self, block.clone());
-        for start in slots.clone().step_by(TILE) {
-            let tile = start..slots.end.min(start + TILE);
-            x.load_keys(self, tile.clone());
-            x.multiply(self.layer.shape().head_dim());
-            let (rows, width) = (x.logits.chunks_exact_mut(tile.len()), block.len());
-            for (r, (row, stat)) in rows.zip(&mut stats).enumerate() {
-                let seen = self.visible(block.start + r % width).clamp(tile.start, tile.end);
-                self.add(stat, &mut row[..seen - tile.start], tile.start);
+    fn block_stats(
+        &self,
+        isa: Isa,
+        scratch: &mut Scratch,
+        kept: Option<&Queries>,
+        block: Range<usize>,
+        slots: Range<usize>,
+    ) -> Vec<Stat> {
+        let Scratch { queries, product, .. } = scratch;
+        let queries = match kept {
+            Some(kept) => kept,
+            None => {
+                queries.load(isa, self, block.clone());
+                &*queries
             }
-        }
-        stats
-    }
-
-    /// Adds the visible logits of a row, from slot `start` on, to its statistics.
-    fn add(&self, stat: &mut Stat, row: &mut [f32], start: usize) {
-        if row.is_empty() {
-            return;
-        }
-        let (n, r) = (self.scored, self.radius());
-        // Scored slots, and among them those whose pooling windows all lie inside the row: the others
-        // are counted by fewer than `kernel` windows.
-        let local = |slot: usize| slot.clamp(start, start + row.len()) - start;
-        let scored = local(n);
-        let from = local(r.min(n));
-        let to = local(n.saturating_sub(r)).max(from);
-        let kernel = 2 * r + 1;
-        let weight = |i: usize| {
-            let slot = start + i;
-            let windows = (slot + r).min(n - 1) - slot.saturating_sub(r) + 1;
-            windows as f64 / kernel as f64
         };
-        let (sum, base, inner) = simd(
-            #[inline(always)]
-            || {
-                let max = max2(stat.max, max(row));
-                stat.rescale(max);
-                row.iter_mut().for_each(|x| *x = exp(*x - max));
-                let base = tile::sum(&row[..scored]);
-                (base + tile::sum(&row[scored..]), base, tile::sum(&row[from..to]))
-            },
-        );
-        let edge = (0..from).chain(to..scored).map(|i| f64::from(row[i]) * weight(i)).sum::<f64>();
-        stat.sum += f64::from(sum);
-        stat.base += f64::from(base);
-        stat.pooled += f64::from(inner) + edge;
+        let mut stats = vec![Stat::EMPTY; queries.shape.width / LANES];
+        let limits = self.limits(&block, |w| self.visible(w));
+        for start in slots.clone().step_by(tile(isa)) {
+            let slots = start..slots.end.min(start + tile(isa));
+            product.turn();
+            product.multiply(self, queries, slots.clone());
+            isa.run(Sums {
+                head: self,
+                queries,
+                product,
+                slots,
+                limits: &limits,
+                stats: &mut stats,
+            });
+        }
+        stats
     }
+}
+
+/// Adds the logits of a tile to the statistics of its rows.
+struct Sums<'a> {
+    head: &'a Head<'a>,
+    queries: &'a Queries,
+    product: &'a Product,
+    slots: Range<usize>,
+    /// Slots that each row sees.
+    limits: &'a [[u32; LANES]],
+    stats: &'a mut [Stat],
+}
+
+impl Kernel for Sums<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        let Self { head, queries, product, slots, limits, stats } = self;
+        let (scored, radius) = (head.scored, head.radius());
+        let scale = Queries::scale(head.q.dim());
+        // Whether all slots are scored and as often in pooling windows as any.
+        let inner = slots.start >= radius && slots.end + radius <= scored;
+        let width = queries.shape.width;
+        let logits = &product.logits.all()[..slots.len() * width];
+        for (block, (stat, limits)) in stats.iter_mut().zip(limits).enumerate() {
+            let tile = Tile { logits, width, block, scale };
+            let whole = limits.iter().all(|&n| n as usize >= slots.end);
+            if !(inner && whole) {
+                tile.edge::<A>(head, slots.clone(), limits, stat);
+                continue;
+            }
+            if stat.max.contains(&f32::NEG_INFINITY) {
+                stat.rescale::<A>(&tile.max(&stat.max));
+            }
+            let (mut max, mut sum) = tile.sums::<A>(&stat.max);
+            // Sums relative to an older, lesser maximum are as good, until they threaten to overflow.
+            if (0..LANES).any(|l| max[l] > stat.max[l] + SLACK) {
+                for (max, before) in max.iter_mut().zip(&stat.max) {
+                    *max = greater(*before, *max);
+                }
+                stat.rescale::<A>(&max);
+                (_, sum) = tile.sums::<A>(&max);
+            }
+            stat.add(&sum, &sum, &sum);
+        }
+    }
+}
+
+/// Powers of two by which a logit may exceed what sums are relative to.
+const SLACK: f32 = 32.0;
+
+/// Logits of some slots, and the block of lanes that is looked at.
+struct Tile<'a> {
+    logits: &'a [f32],
+    width: usize,
+    block: usize,
+    scale: f32,
+}
+
+impl Tile<'_> {
+    #[inline(always)]
+    fn slots(&self) -> impl ExactSizeIterator<Item = &Lanes> {
+        self.logits.chunks_exact(self.width).map(|row| lanes(row, self.block))
+    }
+
+    /// The greatest logits, and the given ones.
+    #[inline(always)]
+    fn max(&self, least: &Lanes) -> Lanes {
+        let mut max = [f32::NEG_INFINITY; LANES];
+        for x in self.slots() {
+            for l in 0..LANES {
+                max[l] = greater(max[l], x[l]);
+            }
+        }
+        for l in 0..LANES {
+            max[l] = greater(least[l], max[l] * self.scale);
+        }
+        max
+    }
+
+    /// The greatest logits, and sums of exponentials relative to `base`.
+    #[inline(always)]
+    fn sums<A: Arithmetic>(&self, base: &Lanes) -> (Lanes, Lanes) {
+        /// Chains of additions side by side.
+        const CHAINS: usize = 4;
+        let mut minus = [0.0; LANES];
+        for l in 0..LANES {
+            minus[l] = if base[l] == f32::NEG_INFINITY { 0.0 } else { -base[l] };
+        }
+        let (mut max, mut sum) = ([[f32::NEG_INFINITY; LANES]; CHAINS], [[0.0; LANES]; CHAINS]);
+        for rows in self.logits.chunks(CHAINS * self.width) {
+            for (c, row) in rows.chunks_exact(self.width).enumerate() {
+                let x = lanes(row, self.block);
+                for l in 0..LANES {
+                    max[c][l] = greater(max[c][l], x[l]);
+                    sum[c][l] += exp2::<A>(A::mul_add(x[l], self.scale, minus[l]));
+                }
+            }
+        }
+        for c in 1..CHAINS {
+            for l in 0..LANES {
+                max[0][l] = greater(max[0][l], max[c][l]);
+                sum[0][l] += sum[c][l];
+            }
+        }
+        (max[0].map(|x| x * self.scale), sum[0])
+    }
+
+    /// Slots that not all rows see, or that count for more or less in the sums.
+    #[inline(always)]
+    fn edge<A: Arithmetic>(
+        &self,
+        head: &Head<'_>,
+        slots: Range<usize>,
+        limits: &[u32; LANES],
+        stat: &mut Stat,
+    ) {
+        let mut max = [f32::NEG_INFINITY; LANES];
+        for (t, x) in (slots.start as u32..).zip(self.slots()) {
+            for l in 0..LANES {
+                max[l] = greater(max[l], if t < limits[l] { x[l] } else { f32::NEG_INFINITY });
+            }
+        }
+        let mut minus = [0.0; LANES];
+        for l in 0..LANES {
+            max[l] = greater(stat.max[l], max[l] * self.scale);
+            minus[l] = if max[l] == f32::NEG_INFINITY { 0.0 } else { -max[l] };
+        }
+        let [mut sum, mut base, mut pooled] = [[0f32; LANES]; 3];
+        for (t, x) in slots.zip(self.slots()) {
+            let (mass, weight) = head.weights(t);
+            for l in 0..LANES {
+                let e = exp2::<A>(A::mul_add(x[l], self.scale, minus[l]));
+                let e = if (t as u32) < limits[l] { e } else { 0.0 };
+                sum[l] += e;
+                base[l] += e * mass;
+                pooled[l] += e * weight;
+            }
+        }
+        stat.rescale::<A>(&max);
+        stat.add(&sum, &base, &pooled);
+    }
+}
+
+/// Rows of a block of lanes of a row of logits.
+#[inline(always)]
+pub(super) fn lanes(row: &[f32], block: usize) -> &Lanes {
+    &row.as_chunks().0[block]
 }
