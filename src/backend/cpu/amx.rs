@@ -226,6 +226,8 @@ impl Right {
 pub(super) fn multiply(a: &Left<'_>, b: &Right, c: &mut [f32]) {
     assert!(available(), "no tile unit");
     assert!(a.steps == b.steps && a.steps > 0, "operands of one product");
+    let last = (a.planes - 1) * a.plane + (a.rows - 1) * a.stride;
+    assert!(a.elements.len() >= last + a.steps * STEP, "rows of the left operand");
     assert!(c.len() >= a.rows * b.columns, "room for the product");
     // Planes whose product reaches the last bit of an f32.
     const LAST: usize = 2;

@@ -159,7 +159,9 @@ impl Arithmetic for Fused {
 }
 
 /// Without: a call for each would cost more than all the rest.
+#[cfg(not(target_arch = "aarch64"))]
 struct Plain;
+#[cfg(not(target_arch = "aarch64"))]
 impl Arithmetic for Plain {
     #[inline(always)]
     fn mul_add(a: f32, b: f32, c: f32) -> f32 {
