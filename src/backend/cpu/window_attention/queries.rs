@@ -62,6 +62,20 @@ impl Queries {
         self.splits = isa == Isa::Amx && self.packed.load(head.q.dtype(), dim, &self.rows);
     }
 
+    /// The queries of a block: those that were kept, or loaded into `scratch`.
+    pub(super) fn of<'a>(
+        kept: Option<&'a Self>,
+        scratch: &'a mut Self,
+        isa: Isa,
+        head: &Head<'_>,
+        block: Range<usize>,
+    ) -> &'a Self {
+        kept.unwrap_or_else(|| {
+            scratch.load(isa, head, block);
+            scratch
+        })
+    }
+
     /// Factor from products to logits to base two.
     pub(super) fn scale(dim: usize) -> f32 {
         let scale = std::f64::consts::LOG2_E / (dim as f64).sqrt();

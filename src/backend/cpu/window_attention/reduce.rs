@@ -72,13 +72,7 @@ impl Chunk<'_> {
             if head.visible(block.end - 1) <= slots.start {
                 continue;
             }
-            let queries = match self.kept.get(b) {
-                Some(kept) => kept,
-                None => {
-                    queries.load(self.isa, head, block);
-                    &*queries
-                }
-            };
+            let queries = Queries::of(self.kept.get(b), queries, self.isa, head, block);
             product.multiply(head, queries, slots.clone());
             let means = mean.is_some().then_some(&mut *means);
             let slots = slots.clone();

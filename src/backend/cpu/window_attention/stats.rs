@@ -182,13 +182,7 @@ impl Head<'_> {
         slots: Range<usize>,
     ) -> Vec<Stat> {
         let Scratch { queries, product, .. } = scratch;
-        let queries = match kept {
-            Some(kept) => kept,
-            None => {
-                queries.load(isa, self, block.clone());
-                &*queries
-            }
-        };
+        let queries = Queries::of(kept, queries, isa, self, block.clone());
         let mut stats = vec![Stat::EMPTY; queries.shape.width / LANES];
         let limits = self.limits(&block, |w| self.visible(w));
         for start in slots.clone().step_by(tile(isa)) {
