@@ -8,13 +8,16 @@
 //! `unsafe` because the instructions have no stable intrinsics. Sources: Intel SDM, "Intel AMX"; the kernel's
 //! Documentation/arch/x86/xstate.rst for the permission that a process has to ask for.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use std::cell::Cell;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
 use half::bf16;
 
-use super::HostSlice;
-use super::tile::{self, Arithmetic, Isa, Kernel};
+use super::isa::{Arithmetic, Isa, Kernel};
+use super::{HostSlice, tile};
 use crate::dtype::Dtype;
 use crate::view::Rows;
 
@@ -51,20 +54,19 @@ struct Line([bf16; STEP]);
 
 const ZERO: Line = Line([bf16::ZERO; STEP]);
 
-/// The left operand: rows in blocks, where they lie or packed.
+/// The left operand: rows of whole steps in whole blocks, one after the other, plane after plane; where they lie or packed.
 #[derive(Clone, Copy)]
 pub(super) struct Left<'a> {
     elements: &'a [bf16],
-    /// Elements from a row to the next, and from a plane to the next.
-    stride: usize,
-    plane: usize,
     rows: usize,
     steps: usize,
     planes: usize,
+    /// Whether what follows may be the next operand.
+    in_place: bool,
 }
 
 impl<'a> Left<'a> {
-    /// Rows of a head in place: bf16 in whole blocks and steps at a constant stride.
+    /// Rows of a head in place: bf16 in whole blocks and steps, from a cache line on.
     pub(super) fn in_place(
         src: &Rows<'_, HostSlice<'a>>,
         head: usize,
@@ -74,19 +76,19 @@ impl<'a> Left<'a> {
         let (len, dim) = (rows.len(), src.dim());
         let mut runs = src.runs(head, rows.start, rows.end);
         let (Some(run), None) = (runs.next(), runs.next()) else { return None };
-        if !len.is_multiple_of(BLOCK)
-            || !dim.is_multiple_of(STEP)
-            || !run.stride.is_multiple_of(STEP)
-        {
+        // Rows that lie across cache lines, or far apart, are read slowly for every block of columns: packing costs less.
+        if !len.is_multiple_of(BLOCK) || !dim.is_multiple_of(STEP) || run.stride != dim {
             return None;
         }
-        let elements = &data[run.start..][..(len - 1) * run.stride + dim];
-        // Rows that lie across cache lines are read twice for every block of columns: packing costs less.
-        if !elements.as_ptr().addr().is_multiple_of(align_of::<Line>()) {
-            return None;
-        }
-        let (stride, steps) = (run.stride, dim / STEP);
-        Some(Self { elements, stride, plane: 0, rows: len, steps, planes: 1 })
+        let elements = &data[run.start..][..len * dim];
+        let aligned = elements.as_ptr().addr().is_multiple_of(align_of::<Line>());
+        aligned.then_some(Self {
+            elements,
+            rows: len,
+            steps: dim / STEP,
+            planes: 1,
+            in_place: true,
+        })
     }
 }
 
@@ -104,8 +106,7 @@ impl Packed {
     pub(super) fn left(&self) -> Left<'_> {
         let Self { rows, steps, planes, .. } = *self;
         let elements = bytemuck::cast_slice(&self.lines);
-        let stride = steps * STEP;
-        Left { elements, stride, plane: rows * stride, rows, steps, planes }
+        Left { elements, rows, steps, planes, in_place: false }
     }
 
     /// Loads rows of a head. False if one does not split.
@@ -181,11 +182,10 @@ fn split(rest: &mut [f32; STEP], plane: &mut [bf16; STEP]) {
     }
 }
 
-/// The right operand, two elements of a column side by side: `[plane][step][tile of columns][pair][column][2]`.
+/// The right operand, two elements of a column side by side: `[block of columns][plane][step][tile][pair][column][2]`.
 #[derive(Default)]
 pub(super) struct Right {
     lines: Vec<Line>,
-    columns: usize,
     steps: usize,
     planes: usize,
 }
@@ -194,55 +194,135 @@ impl Right {
     /// Packs rows of `dim` elements, all of them values of `dtype`: the columns of the product, padded with zeros to
     /// whole blocks. False if one does not split.
     pub(super) fn load(&mut self, dtype: Dtype, dim: usize, rows: &[f32]) -> bool {
-        self.planes = planes(dtype);
-        self.columns = (rows.len() / dim).next_multiple_of(BLOCK);
-        self.steps = dim.div_ceil(STEP);
-        let tiles = self.columns / TILE;
-        let plane = self.steps * tiles * TILE;
-        self.lines.clear();
-        self.lines.resize(self.planes * plane, ZERO);
+        self.clear(planes(dtype), dim, rows.len() / dim);
         let mut finite = true;
         for (n, row) in rows.chunks_exact(dim).enumerate() {
             for (s, part) in row.chunks(STEP).enumerate() {
                 let mut rest = [0f32; STEP];
                 rest[..part.len()].copy_from_slice(part);
                 finite &= rest.iter().fold(true, |all, x| all & x.is_finite());
-                let first = (s * tiles + n / TILE) * TILE;
                 for p in 0..self.planes {
                     let mut elements = [bf16::ZERO; STEP];
                     split(&mut rest, &mut elements);
-                    let lines = self.lines[p * plane + first..][..TILE].iter_mut();
-                    for (line, pair) in lines.zip(elements.as_chunks::<2>().0) {
-                        line.0[n % TILE * 2..][..2].copy_from_slice(pair);
-                    }
+                    self.place(p, s, n, &elements);
                 }
             }
         }
         finite || self.planes == 1
     }
-}
 
-/// `c[row][column]`, padding included; on the calling thread. Only where the unit is [`available`].
-pub(super) fn multiply(a: &Left<'_>, b: &Right, c: &mut [f32]) {
-    assert!(available(), "no tile unit");
-    assert!(a.steps == b.steps && a.steps > 0, "operands of one product");
-    let last = (a.planes - 1) * a.plane + (a.rows - 1) * a.stride;
-    assert!(a.elements.len() >= last + a.steps * STEP, "rows of the left operand");
-    assert!(c.len() >= a.rows * b.columns, "room for the product");
-    // Planes whose product reaches the last bit of an f32.
-    const LAST: usize = 2;
-    let mut steps = Vec::with_capacity(6 * a.steps);
-    for (p, q) in (0..a.planes).flat_map(|p| (0..b.planes.min(LAST + 1 - p)).map(move |q| (p, q))) {
-        for s in 0..a.steps {
-            let left = (p * a.plane + s * STEP) * size_of::<bf16>();
-            let right = (q * a.steps + s) * b.columns * size_of::<Line>();
-            steps.push([left, right]);
+    /// Packs some columns of some rows of a matrix, as [`load`](Self::load).
+    pub(super) fn load_columns(
+        &mut self,
+        src: &Rows<'_, HostSlice<'_>>,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        widened: &mut Vec<f32>,
+    ) -> bool {
+        let dim = columns.len();
+        if let HostSlice::BF16(data) = src.storage() {
+            self.clear(1, dim, rows.len());
+            let runs = src.runs(0, rows.start, rows.end);
+            let starts =
+                runs.flat_map(|run| (0..run.rows).map(move |i| run.start + i * run.stride));
+            for (n, start) in starts.enumerate() {
+                let row = &data[start + columns.start..][..dim];
+                for (s, part) in row.chunks(STEP).enumerate() {
+                    self.place(0, s, n, part);
+                }
+            }
+            return true;
+        }
+        widened.resize(rows.len() * dim, 0.0);
+        tile::widen_columns(src, 0, rows, columns, widened);
+        self.load(src.dtype(), dim, widened)
+    }
+
+    fn clear(&mut self, planes: usize, dim: usize, columns: usize) {
+        (self.planes, self.steps) = (planes, dim.div_ceil(STEP));
+        let blocks = columns.div_ceil(BLOCK);
+        self.lines.clear();
+        self.lines.resize(blocks * planes * self.steps * BLOCK, ZERO);
+    }
+
+    /// Puts a step's elements of a plane of column `n` where they belong.
+    fn place(&mut self, plane: usize, step: usize, n: usize, elements: &[bf16]) {
+        let block = n / BLOCK * self.planes + plane;
+        let tile = (block * self.steps + step) * BLOCK + n % BLOCK / TILE * TILE;
+        let (pairs, last) = elements.as_chunks::<2>();
+        let lines = &mut self.lines[tile..][..TILE];
+        for (line, pair) in lines.iter_mut().zip(pairs) {
+            line.0[n % TILE * 2..][..2].copy_from_slice(pair);
+        }
+        if let &[last] = last {
+            lines[pairs.len()].0[n % TILE * 2] = last;
         }
     }
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    unit::product(a, b, &steps, c);
 }
 
+/// The unit, ready on this thread until this is dropped.
+pub(super) struct Unit(PhantomData<*const ()>);
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+thread_local! {
+    /// How many [`Unit`]s there are.
+    static OPEN: Cell<usize> = const { Cell::new(0) };
+}
+
+impl Unit {
+    /// Only where it is [`available`].
+    pub(super) fn open() -> Self {
+        assert!(available(), "no tile unit");
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if OPEN.replace(OPEN.get() + 1) == 0 {
+            unit::configure();
+        }
+        Self(PhantomData)
+    }
+
+    /// `c[row][column]` of all rows of `a` and a block of columns of `b`.
+    pub(super) fn multiply(&self, a: &Left<'_>, b: &Right, block: usize, c: &mut [f32]) {
+        assert!(a.steps == b.steps, "operands of one product");
+        let plane = a.rows * a.steps * STEP;
+        assert!(a.elements.len() == a.planes * plane, "rows of the left operand");
+        let blocks = b.lines.len() / (b.planes * b.steps * BLOCK);
+        let b = &b.lines[block * b.planes * b.steps * BLOCK..][..b.planes * b.steps * BLOCK];
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        for (m, c) in c[..a.rows * BLOCK].chunks_exact_mut(BLOCK * BLOCK).enumerate() {
+            // Loads of tiles are not foreseen by the machine: a share of the next operand's rows for each block of columns.
+            if a.in_place {
+                let ahead = a.elements.as_ptr_range().end.wrapping_add(m * BLOCK * a.steps * STEP);
+                for line in (block..BLOCK * a.steps).step_by(blocks) {
+                    unit::prefetch(ahead.wrapping_add(line * STEP));
+                }
+            }
+            unit::zero();
+            let first = m * BLOCK * a.steps * STEP;
+            for (p, q) in plane_pairs(a.planes, b.len() / (a.steps * BLOCK)) {
+                let left = &a.elements[p * plane + first..][..BLOCK * a.steps * STEP];
+                unit::add(a.steps, left, &b[q * a.steps * BLOCK..][..a.steps * BLOCK]);
+            }
+            unit::store(c);
+        }
+    }
+}
+
+impl Drop for Unit {
+    fn drop(&mut self) {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if OPEN.replace(OPEN.get() - 1) == 1 {
+            unit::release();
+        }
+    }
+}
+
+/// Pairs of planes whose product reaches the last bit of an f32.
+fn plane_pairs(left: usize, right: usize) -> impl Iterator<Item = (usize, usize)> {
+    const LAST: usize = 2;
+    (0..left).flat_map(move |p| (0..right.min(LAST + 1 - p)).map(move |q| (p, q)))
+}
+
+/// The instructions. Tiles 0 to 3 are a block of the product, 4 and 5 of the left operand, 6 and 7 of the right one.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 #[allow(unsafe_code, reason = "instructions without intrinsics")]
 mod unit {
@@ -251,7 +331,7 @@ mod unit {
 
     use half::bf16;
 
-    use super::{BLOCK, Left, Line, Right, STEP, TILE};
+    use super::{BLOCK, Line, STEP, TILE};
 
     pub(super) fn permitted() -> bool {
         const TILE_BF16: u32 = 1 << 22 | 1 << 24;
@@ -296,74 +376,79 @@ mod unit {
         rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
     };
 
-    pub(super) fn product(a: &Left<'_>, b: &Right, steps: &[[usize; 2]], c: &mut [f32]) {
-        let pitch = b.columns * size_of::<f32>();
-        let stride = a.stride * size_of::<bf16>();
-        // SAFETY: the unit is there and permitted, as `multiply` asserts. Tiles are configured before they are used and
-        // released after, on one thread, with nothing in between that could touch them. Every load lies in a block of
-        // 32 rows of `a`, `stride` apart, or in two tiles of `b` next to each other, for the offsets that
-        // `multiply` computes from the operands' shapes; every store in a block of 32 by 32 of `c`, rows `pitch` apart,
-        // which has `a.rows * b.columns` elements, both multiples of 32.
+    pub(super) fn configure() {
+        // SAFETY: `Unit::open` has asserted that the unit is there and permitted; reads 64 bytes.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const TILES, options(nostack, readonly)) };
+    }
+
+    pub(super) fn release() {
+        // SAFETY: as above; touches no memory. No `Unit` is left on this thread, so nothing uses tiles after it.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+
+    pub(super) fn zero() {
+        // SAFETY: the caller has a `Unit`, so tiles are configured; touches no memory.
         unsafe {
-            asm!("ldtilecfg [{}]", in(reg) &raw const TILES, options(nostack, readonly));
-            for m in (0..a.rows).step_by(BLOCK) {
-                let left = a.elements.as_ptr().add(m * a.stride);
-                for n in (0..b.columns).step_by(BLOCK) {
-                    // A share of the rows of the next block: loads of tiles are not foreseen by the machine. It may be the
-                    // next tile's, or nothing's.
-                    for row in (n / BLOCK..BLOCK).step_by(b.columns / BLOCK) {
-                        for step in 0..a.steps {
-                            let ahead = left.wrapping_add((BLOCK + row) * a.stride + step * STEP);
-                            _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-                        }
-                    }
-                    let right = b.lines.as_ptr().add(n);
-                    let to = c.as_mut_ptr().add(m * b.columns + n);
-                    asm!(
-                        "tilezero tmm0",
-                        "tilezero tmm1",
-                        "tilezero tmm2",
-                        "tilezero tmm3",
-                        "2:",
-                        "mov {p}, [{step}]",
-                        "mov {q}, [{step} + 8]",
-                        "add {p}, {left}",
-                        "add {q}, {right}",
-                        "tileloadd tmm4, [{p} + {stride} * 1]",
-                        "tileloadd tmm6, [{q} + {line} * 1]",
-                        "tdpbf16ps tmm0, tmm4, tmm6",
-                        "tileloadd tmm7, [{q} + {line} * 1 + 1024]",
-                        "tdpbf16ps tmm1, tmm4, tmm7",
-                        "add {p}, {down}",
-                        "tileloadd tmm5, [{p} + {stride} * 1]",
-                        "tdpbf16ps tmm2, tmm5, tmm6",
-                        "tdpbf16ps tmm3, tmm5, tmm7",
-                        "add {step}, 16",
-                        "dec {count}",
-                        "jnz 2b",
-                        "mov {p}, {to}",
-                        "tilestored [{p} + {pitch} * 1], tmm0",
-                        "tilestored [{p} + {pitch} * 1 + 64], tmm1",
-                        "add {p}, {below}",
-                        "tilestored [{p} + {pitch} * 1], tmm2",
-                        "tilestored [{p} + {pitch} * 1 + 64], tmm3",
-                        p = out(reg) _,
-                        q = out(reg) _,
-                        step = inout(reg) steps.as_ptr() => _,
-                        count = inout(reg) steps.len() => _,
-                        left = in(reg) left,
-                        right = in(reg) right,
-                        stride = in(reg) stride,
-                        line = in(reg) size_of::<Line>(),
-                        down = in(reg) TILE * stride,
-                        to = in(reg) to,
-                        pitch = in(reg) pitch,
-                        below = in(reg) TILE * pitch,
-                        options(nostack),
-                    );
-                }
-            }
-            asm!("tilerelease", options(nostack, nomem));
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                options(nostack, nomem)
+            );
         }
+    }
+
+    /// Adds the product of a block of rows and a block of columns.
+    pub(super) fn add(steps: usize, left: &[bf16], right: &[Line]) {
+        assert!(left.len() == BLOCK * steps * STEP && right.len() == steps * BLOCK);
+        let stride = steps * size_of::<Line>();
+        for step in 0..steps {
+            // SAFETY: as in `zero`. Rows of tiles are a `Line` each: of `left` 32, `stride` apart, from the step's on,
+            // and of `right` 32 one after the other; all inside the slices by the assertion.
+            unsafe {
+                asm!(
+                    "tileloadd tmm4, [{left} + {stride} * 1]",
+                    "tileloadd tmm6, [{right} + {line} * 1]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{right} + {line} * 1 + 1024]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{below} + {stride} * 1]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    left = in(reg) left.as_ptr().add(step * STEP),
+                    below = in(reg) left.as_ptr().add((TILE * steps + step) * STEP),
+                    right = in(reg) right.as_ptr().add(step * BLOCK),
+                    stride = in(reg) stride,
+                    line = in(reg) size_of::<Line>(),
+                    options(nostack, readonly),
+                );
+            }
+        }
+    }
+
+    /// Writes the block: 32 rows of 32.
+    pub(super) fn store(to: &mut [f32]) {
+        const PITCH: usize = BLOCK * size_of::<f32>();
+        assert!(to.len() == BLOCK * BLOCK);
+        // SAFETY: as in `zero`. Rows of tiles are 64 bytes; two by two tiles fill 32 rows of `PITCH` bytes.
+        unsafe {
+            asm!(
+                "tilestored [{to} + {pitch} * 1], tmm0",
+                "tilestored [{to} + {pitch} * 1 + 64], tmm1",
+                "tilestored [{below} + {pitch} * 1], tmm2",
+                "tilestored [{below} + {pitch} * 1 + 64], tmm3",
+                to = in(reg) to.as_mut_ptr(),
+                below = in(reg) to.as_mut_ptr().add(TILE * BLOCK),
+                pitch = in(reg) PITCH,
+                options(nostack),
+            );
+        }
+    }
+
+    /// Has a cache line fetched; of no consequence where there is none.
+    pub(super) fn prefetch(line: *const bf16) {
+        // SAFETY: prefetches do not fault.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
     }
 }

@@ -5,6 +5,7 @@
 
 mod amx;
 mod attend;
+mod isa;
 mod key_scores;
 mod lag;
 mod pool;
@@ -27,7 +28,7 @@ use crate::error::Result;
 use crate::ragged::Ragged;
 use crate::view::{LayerView, Storage};
 
-pub use tile::Isa;
+pub use isa::Isa;
 
 /// Borrowed elements on the host.
 #[derive(Debug, Clone, Copy)]
@@ -144,7 +145,7 @@ impl Backend for Cpu {
         layers: &[HostLayer<'_>],
         out: &mut Ragged<f32>,
     ) -> Result<()> {
-        self.run(|| value_norm::run(op, layers, out))
+        self.run(|| value_norm::run(self.isa, op, layers, out))
     }
     fn scale_norms(
         &self,

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
 
+use super::isa::LANES;
 use super::{HostLayer, HostSlice};
 use crate::dtype::Element;
 use crate::view::Rows;
@@ -144,122 +145,6 @@ fn product(
     }
 }
 
-/// `a · b + c`, rounded once or twice.
-pub(super) trait Arithmetic {
-    fn mul_add(a: f32, b: f32, c: f32) -> f32;
-}
-
-/// With the machine's fused multiply-add.
-struct Fused;
-impl Arithmetic for Fused {
-    #[inline(always)]
-    fn mul_add(a: f32, b: f32, c: f32) -> f32 {
-        a.mul_add(b, c)
-    }
-}
-
-/// Without: a call for each would cost more than all the rest.
-#[cfg(not(target_arch = "aarch64"))]
-struct Plain;
-#[cfg(not(target_arch = "aarch64"))]
-impl Arithmetic for Plain {
-    #[inline(always)]
-    fn mul_add(a: f32, b: f32, c: f32) -> f32 {
-        a * b + c
-    }
-}
-
-/// A loop to be compiled for several instruction sets. It and what it calls must be `#[inline(always)]`, or they stay
-/// portable code.
-pub(super) trait Kernel {
-    type Output;
-    fn run<A: Arithmetic>(self) -> Self::Output;
-}
-
-/// What of the machine's instructions is used. Each level has those before it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Isa {
-    /// What the target is compiled for.
-    Portable,
-    /// AVX2 and FMA.
-    Avx2,
-    /// AVX-512 F, BW, DQ and VL.
-    Avx512,
-    /// The tile unit for bf16.
-    Amx,
-}
-
-impl Isa {
-    /// The best that the machine has.
-    pub fn best() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        {
-            use std::arch::is_x86_feature_detected as has;
-            if !(has!("avx2") && has!("fma")) {
-                return Self::Portable;
-            }
-            if !(has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl")) {
-                return Self::Avx2;
-            }
-            if super::amx::available() { Self::Amx } else { Self::Avx512 }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        Self::Portable
-    }
-
-    /// Runs a kernel compiled for these instructions.
-    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        #[cfg(target_arch = "x86_64")]
-        {
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
-            fn avx512<K: Kernel>(kernel: K) -> K::Output {
-                kernel.run::<Fused>()
-            }
-            #[target_feature(enable = "avx2,fma")]
-            fn avx2<K: Kernel>(kernel: K) -> K::Output {
-                kernel.run::<Fused>()
-            }
-            // Not trusted: the value may have been made by hand.
-            match self.min(Self::best()) {
-                Self::Portable => kernel.run::<Plain>(),
-                #[allow(unsafe_code, reason = "measured: see benches/README.md")]
-                // SAFETY: the machine has the features; the function asks for nothing else.
-                Self::Avx2 => unsafe { avx2(kernel) },
-                #[allow(unsafe_code, reason = "measured: see benches/README.md")]
-                // SAFETY: as above.
-                Self::Avx512 | Self::Amx => unsafe { avx512(kernel) },
-            }
-        }
-        #[cfg(target_arch = "aarch64")]
-        return kernel.run::<Fused>();
-        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-        kernel.run::<Plain>()
-    }
-}
-
-/// `2ˣ` to about one ulp below 2^127.5; 0 below the least normal f32, NaN stays NaN.
-#[inline(always)]
-pub(super) fn exp2<A: Arithmetic>(x: f32) -> f32 {
-    const LOW: f32 = -126.0;
-    // 1.5 · 2²³: adding it rounds to an integer, which then sits in the low mantissa bits.
-    const ROUND: f32 = 12_582_912.0;
-    // Written so that NaN passes both.
-    let c = if x < LOW { LOW } else { x };
-    let c = if c > 128.0 { 128.0 } else { c };
-    let t = c + ROUND;
-    let f = c - (t - ROUND);
-    // Minimax on |f| <= 1/2 by Remez' algorithm, relative error 1.9e-9.
-    let p = A::mul_add(1.534_581_2e-4, f, 1.339_993_1e-3);
-    let p = A::mul_add(p, f, 9.618_489e-3);
-    let p = A::mul_add(p, f, 5.550_328_6e-2);
-    let p = A::mul_add(p, f, 2.402_264_6e-1);
-    let p = A::mul_add(p, f, 6.931_472e-1);
-    let p = A::mul_add(p, f, 1.0);
-    let n = t.to_bits().wrapping_sub(ROUND.to_bits());
-    let y = p * f32::from_bits(n.wrapping_add(127) << 23);
-    if x < LOW { 0.0 } else { y }
-}
-
 /// Runs `work` compiled for AVX2 where the machine has it. No fused multiply-add, so that the bits are those
 /// of the portable code. `work` and what it calls must be `#[inline(always)]`, or they stay portable code.
 #[inline(always)]
@@ -311,9 +196,6 @@ pub(super) fn exp(x: f32) -> f32 {
     if x > HIGH { f32::INFINITY } else { y }
 }
 
-/// Lanes of sums and products: enough independent chains for any vector width, and a fixed order.
-pub(super) const LANES: usize = 16;
-
 /// As many f32 as a cache line holds.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
@@ -330,11 +212,6 @@ impl Aligned {
             self.0.resize(len.div_ceil(LANES), Line([0.0; LANES]));
         }
         &mut bytemuck::cast_slice_mut(&mut self.0)[..len]
-    }
-
-    /// All that were asked for at once so far.
-    pub(super) fn all(&self) -> &[f32] {
-        bytemuck::cast_slice(&self.0)
     }
 }
 

@@ -9,7 +9,8 @@
 
 use rayon::prelude::*;
 
-use super::tile::{self, LANES, fold, simd};
+use super::isa::{Arithmetic, Isa, Kernel, LANES};
+use super::tile::{self, fold};
 use super::{HostLayer, HostSlice};
 use crate::error::Result;
 use crate::ragged::Ragged;
@@ -33,7 +34,7 @@ fn key(layer: &HostLayer<'_>) -> Result<Key> {
     Ok((address, runs, weights.dim(), layer.shape().head_dim()))
 }
 
-pub(super) fn run(layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
+pub(super) fn run(isa: Isa, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
     let (mut known, mut matrices, mut of_layers) = (Vec::new(), Vec::new(), Vec::new());
     for layer in layers {
         let key = key(layer)?;
@@ -69,7 +70,7 @@ pub(super) fn run(layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()>
     tasks.into_par_iter().for_each_init(
         Scratch::default,
         |scratch, (layer, head, matrices, start, out)| {
-            scratch.norms(layer, head, matrices, start, out);
+            scratch.norms(isa, layer, head, matrices, start, out);
         },
     );
     Ok(())
@@ -104,6 +105,7 @@ impl Scratch {
 
     fn norms(
         &mut self,
+        isa: Isa,
         layer: &HostLayer<'_>,
         head: usize,
         matrices: &[f32],
@@ -118,20 +120,33 @@ impl Scratch {
         for matrix in matrices.chunks_exact(dim * dim) {
             // It is symmetric.
             tile::matmul_nt(dim, &self.rows, matrix, &mut self.products);
-            simd(
-                #[inline(always)]
-                || {
-                    let pairs = self.rows.chunks_exact(dim).zip(self.products.chunks_exact(dim));
-                    for (sum, (value, product)) in sums.iter_mut().zip(pairs) {
-                        let square = dot(value, product);
-                        let norm =
-                            if square.is_finite() { square.max(0.0).sqrt() } else { f32::NAN };
-                        *sum += f64::from(norm);
-                    }
-                },
-            );
+            let (rows, products) = (&self.rows, &self.products);
+            isa.run(Forms { dim, rows, products, sums: &mut sums });
         }
         out.iter_mut().zip(sums).for_each(|(out, sum)| *out = (sum / group as f64) as f32);
+    }
+}
+
+/// Adds `√(row · product)` to each sum.
+struct Forms<'a> {
+    dim: usize,
+    rows: &'a [f32],
+    products: &'a [f32],
+    sums: &'a mut [f64],
+}
+
+impl Kernel for Forms<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        let Self { dim, rows, products, sums } = self;
+        let pairs = rows.chunks_exact(dim).zip(products.chunks_exact(dim));
+        for (sum, (value, product)) in sums.iter_mut().zip(pairs) {
+            let square = dot(value, product);
+            let norm = if square.is_finite() { square.max(0.0).sqrt() } else { f32::NAN };
+            *sum += f64::from(norm);
+        }
     }
 }
 

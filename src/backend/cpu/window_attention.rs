@@ -22,8 +22,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::tile::{self, Isa, LANES};
-use super::{HostLayer, HostSlice};
+use super::isa::{Isa, LANES};
+use super::{HostLayer, HostSlice, tile};
 use crate::backend::check;
 use crate::backend::ops::{Reduce, WindowAttention};
 use crate::error::{Error, Result};
@@ -37,15 +37,12 @@ use stats::{Stat, row_stats};
 const BLOCK: usize = 128;
 /// Blocks of queries that are kept for all tasks; longer windows load theirs in each.
 const KEPT: usize = 4;
-/// Slots of a task of pass 2.
+/// Slots of a task of pass 2, rounded up to whole tiles.
 const CHUNK: usize = 1024;
 /// Keys, in bytes, that a thread's share of the caches holds from one pass to the next.
 const CACHED: usize = 4 << 20;
 
 const METHOD: &str = "window attention";
-
-/// A value of each of some rows.
-type Lanes = [f32; LANES];
 
 pub(super) fn run(
     isa: Isa,
@@ -86,13 +83,14 @@ fn score(isa: Isa, heads: &[Head<'_>], out: Vec<&mut [f32]>, means: Option<Vec<&
     let mut tasks = Vec::new();
     for (((head, kept), factors), row) in heads.iter().zip(&kept).zip(&factors).zip(out) {
         row.fill(0.0);
+        let chunk = CHUNK.next_multiple_of(reduce::width(isa, head));
         let mut mean = means.next().map(|row| {
             row.fill(0.0);
-            row.chunks_mut(CHUNK)
+            row.chunks_mut(chunk)
         });
-        for (i, out) in row[..head.scored].chunks_mut(CHUNK).enumerate() {
+        for (i, out) in row[..head.scored].chunks_mut(chunk).enumerate() {
             let mean = mean.as_mut().and_then(Iterator::next);
-            tasks.push((Chunk { isa, head, kept, factors, start: i * CHUNK }, out, mean));
+            tasks.push((Chunk { isa, head, kept, factors, start: i * chunk }, out, mean));
         }
     }
     tasks.into_par_iter().for_each_init(Scratch::default, |scratch, (chunk, out, mean)| {

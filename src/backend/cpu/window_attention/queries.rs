@@ -1,12 +1,13 @@
 //! Query rows in the order in which lanes take them, and their products with tiles of keys.
 //!
-//! Rows of a block lie head after head of the group, `[g, w]`; the product of a tile of keys is `[slot, row]`, so that
-//! [`LANES`] rows go through exponentials side by side, sums over slots are sums of vectors, and so is pooling.
+//! Rows of a block lie head after head of the group, `[g, w]`; the product of a tile of keys and a panel of rows is `[slot, row]`, so
+//! that [`LANES`] rows go through exponentials side by side, sums over slots are sums of vectors, and so is pooling.
 
 use std::ops::Range;
 
-use super::super::amx::{self, Left, Packed, Right};
-use super::super::tile::{self, Aligned, Isa, LANES};
+use super::super::amx::{self, Left, Packed, Right, Unit};
+use super::super::isa::{Isa, LANES};
+use super::super::tile::{self, Aligned};
 use super::Head;
 
 /// Query rows of a block of window tokens.
@@ -39,7 +40,7 @@ impl Shape {
     }
 }
 
-/// Slots that are multiplied at once: with the tile unit their logits stay in L1, without it a product pays for packing.
+/// Slots that are multiplied at once: with the tile unit all that takes part stays in L1, without it a product pays for packing.
 pub(super) fn tile(isa: Isa) -> usize {
     if isa == Isa::Amx { 64 } else { 256 }
 }
@@ -76,6 +77,17 @@ impl Queries {
         })
     }
 
+    /// Rows that are multiplied at once.
+    fn panel(&self) -> usize {
+        if self.splits { amx::BLOCK } else { self.shape.width }
+    }
+
+    /// Panels of rows, by their blocks of lanes.
+    pub(super) fn panels(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (all, panel) = (self.shape.width / LANES, self.panel() / LANES);
+        (0..all).step_by(panel).map(move |first| first..first + panel)
+    }
+
     /// Factor from products to logits to base two.
     pub(super) fn scale(dim: usize) -> f32 {
         let scale = std::f64::consts::LOG2_E / (dim as f64).sqrt();
@@ -88,16 +100,16 @@ fn power(dim: usize) -> f32 {
     (-(dim as f64).log2() / 2.0).round().exp2() as f32
 }
 
-/// A thread's buffers for products.
+/// A thread's means of multiplication.
 #[derive(Default)]
 pub(super) struct Product {
+    unit: Option<Unit>,
     packed: Packed,
     keys: Vec<f32>,
     /// Whether they hold the current slots.
     split: Option<bool>,
     widened: bool,
-    /// `[slot, row]`.
-    pub(super) logits: Aligned,
+    logits: Aligned,
 }
 
 impl Product {
@@ -106,18 +118,28 @@ impl Product {
         (self.split, self.widened) = (None, false);
     }
 
-    /// `q · k` of a block of queries and the current slots of its head.
-    pub(super) fn multiply(&mut self, head: &Head<'_>, queries: &Queries, slots: Range<usize>) {
-        let (dim, keys) = (head.q.dim(), head.layer.k());
-        let room = slots.len().next_multiple_of(amx::BLOCK) * queries.shape.width;
-        let logits = self.logits.first(room);
+    /// `q · k` of a panel of queries and the current slots of its head: `[slot, row]`.
+    pub(super) fn multiply(
+        &mut self,
+        head: &Head<'_>,
+        queries: &Queries,
+        panel: &Range<usize>,
+        slots: Range<usize>,
+    ) -> &mut [f32] {
+        let (dim, keys, width) = (head.q.dim(), head.layer.k(), queries.panel());
+        let len = slots.len() * width;
+        let logits = self.logits.first(slots.len().next_multiple_of(amx::BLOCK) * width);
         if queries.splits {
+            let unit = self.unit.get_or_insert_with(Unit::open);
+            let block = panel.start * LANES / width;
             if let Some(left) = Left::in_place(keys, head.head, slots.clone()) {
-                return amx::multiply(&left, &queries.packed, logits);
+                unit.multiply(&left, &queries.packed, block, logits);
+                return &mut logits[..len];
             }
             let load = || self.packed.load(keys, head.head, slots.clone());
             if *self.split.get_or_insert_with(load) {
-                return amx::multiply(&self.packed.left(), &queries.packed, logits);
+                unit.multiply(&self.packed.left(), &queries.packed, block, logits);
+                return &mut logits[..len];
             }
         }
         if !self.widened {
@@ -125,7 +147,8 @@ impl Product {
             tile::widen_rows(keys, head.head, slots.clone(), &mut self.keys);
             self.widened = true;
         }
-        let logits = &mut logits[..slots.len() * queries.shape.width];
-        tile::matmul_nt(dim, &self.keys, &queries.rows, logits);
+        let rows = &queries.rows[panel.start * LANES * dim..panel.end * LANES * dim];
+        tile::matmul_nt(dim, &self.keys, rows, &mut logits[..len]);
+        &mut logits[..len]
     }
 }

@@ -5,10 +5,11 @@
 
 use std::ops::Range;
 
-use super::super::tile::{self, Aligned, Arithmetic, Isa, Kernel, LANES, exp2, max2};
-use super::queries::{Product, Queries, tile};
+use super::super::isa::{Arithmetic, Isa, Kernel, LANES, Lanes, exp2};
+use super::super::tile::{self, Aligned, max2};
+use super::queries::{Queries, tile};
 use super::stats::{Stat, lanes};
-use super::{Head, Lanes, Scratch};
+use super::{Head, Scratch};
 use crate::backend::ops::Reduce;
 
 /// What makes probabilities of the logits of some rows.
@@ -49,21 +50,54 @@ pub(super) struct Chunk<'a> {
 }
 
 impl Chunk<'_> {
-    pub(super) fn reduce(&self, x: &mut Scratch, out: &mut [f32], mean: Option<&mut [f32]>) {
-        let width = tile(self.isa);
+    pub(super) fn reduce(&self, scratch: &mut Scratch, out: &mut [f32], mean: Option<&mut [f32]>) {
+        self.isa.run(Tiles { chunk: self, scratch, out, mean });
+    }
+}
+
+/// Slots that are reduced at once: with their halo those that are multiplied at once, unless little would be left.
+pub(super) fn width(isa: Isa, head: &Head<'_>) -> usize {
+    let (tile, halo) = (tile(isa), 2 * head.radius());
+    if halo <= tile / 2 { tile - halo } else { tile }
+}
+
+/// Goes through the tiles of a chunk.
+struct Tiles<'a> {
+    chunk: &'a Chunk<'a>,
+    scratch: &'a mut Scratch,
+    out: &'a mut [f32],
+    mean: Option<&'a mut [f32]>,
+}
+
+impl Kernel for Tiles<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        let Self { chunk, scratch, out, mean } = self;
+        let width = width(chunk.isa, chunk.head);
         let mut mean = mean.map(|mean| mean.chunks_mut(width));
         for (i, out) in out.chunks_mut(width).enumerate() {
             let mean = mean.as_mut().and_then(Iterator::next);
-            self.tile(self.start + i * width, x, out, mean);
+            chunk.reduce_tile::<A>(chunk.start + i * width, scratch, out, mean);
         }
     }
+}
 
-    fn tile(&self, start: usize, x: &mut Scratch, out: &mut [f32], mean: Option<&mut [f32]>) {
+impl Chunk<'_> {
+    #[inline(always)]
+    fn reduce_tile<A: Arithmetic>(
+        &self,
+        start: usize,
+        scratch: &mut Scratch,
+        out: &mut [f32],
+        mean: Option<&mut [f32]>,
+    ) {
         let head = self.head;
         let (end, radius) = (start + out.len(), head.radius());
         // The tile and its halo.
         let slots = start.saturating_sub(radius)..head.scored.min(end + radius);
-        let Scratch { queries, product, scores, means } = x;
+        let Scratch { queries, product, scores, means } = scratch;
         let units = if head.apart() { head.group } else { 1 };
         scores.clear(head.reduction(), units, out.len());
         means.clear(Reduce::Mean, 1, out.len());
@@ -73,10 +107,27 @@ impl Chunk<'_> {
                 continue;
             }
             let queries = Queries::of(self.kept.get(b), queries, self.isa, head, block);
-            product.multiply(head, queries, slots.clone());
-            let means = mean.is_some().then_some(&mut *means);
-            let slots = slots.clone();
-            self.isa.run(Block { head, queries, factors, product, slots, start, scores, means });
+            for panel in queries.panels() {
+                let logits = product.multiply(head, queries, &panel, slots.clone());
+                let width = panel.len() * LANES;
+                for (block, factors) in factors[panel.clone()].iter().enumerate() {
+                    let unit = match head.apart() {
+                        true => (panel.start + block) * LANES / queries.shape.pitch,
+                        false => 0,
+                    };
+                    if unit == units {
+                        break;
+                    }
+                    let means = mean.is_some().then_some(&mut *means);
+                    let slots = slots.clone();
+                    let rows = Rows { head, factors, logits, width, block, slots, start };
+                    rows.reduce::<A>(scores.of_unit(unit), means);
+                }
+            }
+            scores.end_block();
+            if mean.is_some() {
+                means.end_block();
+            }
         }
         let group = head.group as f64;
         let mut of_unit = head.window() as f64;
@@ -119,24 +170,11 @@ impl Sums {
         self.total.resize(units * width, 0.0);
     }
 
+    /// Sums or maxima of a unit.
     #[inline(always)]
-    fn lanes(&mut self) -> &mut [Lanes] {
-        self.lanes.first(self.total.len() * LANES).as_chunks_mut().0
-    }
-
-    #[inline(always)]
-    fn add(&mut self, unit: usize, slot: usize, x: &Lanes) {
-        let (mean, width) = (self.mean, self.width);
-        let sums = &mut self.lanes()[unit * width + slot];
-        for l in 0..LANES {
-            sums[l] = if mean { sums[l] + x[l] } else { max2(sums[l], x[l]) };
-        }
-    }
-
-    #[inline(always)]
-    fn set(&mut self, unit: usize, slot: usize, x: &Lanes) {
-        let at = unit * self.width + slot;
-        self.lanes()[at] = *x;
+    fn of_unit(&mut self, unit: usize) -> Running<'_> {
+        let lanes = self.lanes.first(self.total.len() * LANES).as_chunks_mut().0;
+        Running { mean: self.mean, lanes: &mut lanes[unit * self.width..][..self.width] }
     }
 
     #[inline(always)]
@@ -159,126 +197,137 @@ impl Sums {
     }
 }
 
-/// Sums of the probabilities of several lanes of rows.
-#[inline(always)]
-fn probability_sums<A: Arithmetic>(logits: &[Lanes], factors: &[Factors], scale: f32) -> Lanes {
-    let mut sums = [[0f32; LANES]; 2];
-    let pairs = logits.chunks(2).zip(factors.chunks(2));
-    for (logits, factors) in pairs {
-        for (sums, (x, f)) in sums.iter_mut().zip(logits.iter().zip(factors)) {
-            for l in 0..LANES {
-                let e = exp2::<A>(A::mul_add(x[l], scale, -f.minus[l]));
-                sums[l] = A::mul_add(e, f.inverse[l], sums[l]);
+/// Lanes of each slot, of one unit.
+struct Running<'a> {
+    mean: bool,
+    lanes: &'a mut [Lanes],
+}
+
+impl Running<'_> {
+    /// Takes a value of each slot, in order.
+    #[inline(always)]
+    fn take<A: Arithmetic>(&mut self, mut of: impl FnMut(usize) -> A::Vector) {
+        // A loop each: inside one, the choice would stand in the way of vectors.
+        match self.mean {
+            true => {
+                for (t, sums) in self.lanes.iter_mut().enumerate() {
+                    A::store(A::add(A::load(sums), of(t)), sums);
+                }
+            }
+            false => {
+                for (t, sums) in self.lanes.iter_mut().enumerate() {
+                    A::store(A::max(A::load(sums), of(t)), sums);
+                }
             }
         }
     }
-    let [mut sum, other] = sums;
-    for l in 0..LANES {
-        sum[l] += other[l];
-    }
-    sum
 }
 
-/// Their maxima.
-#[inline(always)]
-fn probability_maxima<A: Arithmetic>(logits: &[Lanes], factors: &[Factors], scale: f32) -> Lanes {
-    let mut max = [0f32; LANES];
-    for (x, f) in logits.iter().zip(factors) {
-        for l in 0..LANES {
-            let e = exp2::<A>(A::mul_add(x[l], scale, -f.minus[l]));
-            max[l] = max2(max[l], e * f.inverse[l]);
-        }
-    }
-    max
-}
-
-/// Takes the logits of a block of rows.
-struct Block<'a> {
+/// Logits of a block of lanes of rows.
+struct Rows<'a> {
     head: &'a Head<'a>,
-    queries: &'a Queries,
-    factors: &'a [Factors],
-    product: &'a mut Product,
+    factors: &'a Factors,
+    /// `[slot, row]`, rows of the panel.
+    logits: &'a mut [f32],
+    width: usize,
+    block: usize,
     /// Slots multiplied, and the first that is scored here.
     slots: Range<usize>,
     start: usize,
-    scores: &'a mut Sums,
-    means: Option<&'a mut Sums>,
 }
 
-impl Kernel for Block<'_> {
-    type Output = ();
-
+impl Rows<'_> {
     #[inline(always)]
-    fn run<A: Arithmetic>(self) {
-        let Self { head, queries, factors, product, slots, start, scores, mut means } = self;
+    fn reduce<A: Arithmetic>(self, mut scores: Running<'_>, means: Option<&mut Sums>) {
+        let Self { head, factors, logits, width, block, slots, start } = self;
+        let first = start - slots.start;
         let scale = Queries::scale(head.q.dim());
-        let radius = head.radius();
-        let (first, width) = (start - slots.start, scores.width);
-        let shape = queries.shape;
-        let whole = |f: &Factors| f.reached.iter().all(|&n| n as usize >= slots.end);
-        if head.op.row_pool.is_none() && means.is_none() && factors.iter().all(whole) {
-            let pitch = if head.apart() { shape.pitch / LANES } else { factors.len() };
-            for (unit, factors) in factors.chunks(pitch).enumerate() {
-                for t in first..first + width {
-                    let row = product.logits.all()[t * shape.width..][..shape.width].as_chunks().0;
-                    let row = &row[unit * pitch..][..pitch];
-                    scores.set(
-                        unit,
-                        t - first,
-                        &match scores.mean {
-                            true => probability_sums::<A>(row, factors, scale),
-                            false => probability_maxima::<A>(row, factors, scale),
-                        },
-                    );
-                }
-            }
-            scores.end_block();
-            return;
+        let Factors { minus, inverse, pooled, reached } = factors;
+        let minus = minus.map(|x| -x);
+        let [minus_of, inverse_of, pooled_of] = [&minus, inverse, pooled].map(A::load);
+        let scale_of = A::splat(scale);
+        let whole = reached.iter().all(|&n| n as usize >= slots.end);
+        if whole && means.is_none() && head.op.row_pool.is_none() {
+            return scores.take::<A>(
+                #[inline(always)]
+                |t| {
+                    let x = A::load(lanes(&logits[(first + t) * width..][..width], block));
+                    A::mul(A::exp2(A::fma(x, scale_of, minus_of)), inverse_of)
+                },
+            );
         }
-        for (block, factors) in factors.iter().enumerate() {
-            let logits = product.logits.first(slots.len() * shape.width);
-            let Factors { minus, inverse, pooled, reached } = factors;
-            let whole = reached.iter().all(|&n| n as usize >= slots.end);
-            let unit = if head.apart() { block * LANES / shape.pitch } else { 0 };
-            if unit == head.group {
-                break;
+        for (t, row) in (slots.start as u32..).zip(logits.chunks_exact_mut(width)) {
+            let x = &mut row.as_chunks_mut::<LANES>().0[block];
+            if whole {
+                A::store(A::exp2(A::fma(A::load(x), scale_of, minus_of)), x);
+                continue;
             }
-            for (t, row) in (slots.start..).zip(logits.chunks_exact_mut(shape.width)) {
-                let x = &mut row.as_chunks_mut::<LANES>().0[block];
-                for l in 0..LANES {
-                    let e = exp2::<A>(A::mul_add(x[l], scale, -minus[l]));
-                    x[l] = if whole || (t as u32) < reached[l] { e } else { 0.0 };
-                }
-            }
-            for t in first..first + width {
-                let of = |t: usize| lanes(&logits[t * shape.width..][..shape.width], block);
-                let mut p = [0.0; LANES];
-                if let Some(means) = &mut means {
-                    for l in 0..LANES {
-                        let visible = ((slots.start + t) as u32) < reached[l];
-                        p[l] = if visible { of(t)[l] * inverse[l] } else { 0.0 };
-                    }
-                    means.add(0, t - first, &p);
-                    if head.op.row_pool.is_none() {
-                        scores.add(unit, t - first, &p);
-                        continue;
-                    }
-                }
-                let mut sum = [0.0; LANES];
-                for t in t.saturating_sub(radius)..(t + radius + 1).min(slots.len()) {
-                    for (sum, x) in sum.iter_mut().zip(of(t)) {
-                        *sum += x;
-                    }
-                }
-                for l in 0..LANES {
-                    p[l] = sum[l] * pooled[l];
-                }
-                scores.add(unit, t - first, &p);
+            for l in 0..LANES {
+                let e = exp2::<A>(A::mul_add(x[l], scale, minus[l]));
+                x[l] = if t < reached[l] { e } else { 0.0 };
             }
         }
-        scores.end_block();
+        let single = Single { logits, width, block, reached, inverse, whole };
         if let Some(means) = means {
-            means.end_block();
+            let t0 = slots.start as u32;
+            means.of_unit(0).take::<A>(
+                #[inline(always)]
+                |t| single.of::<A>(first + t, t0),
+            );
         }
+        let Some(kernel) = head.op.row_pool else {
+            let t0 = slots.start as u32;
+            return scores.take::<A>(
+                #[inline(always)]
+                |t| single.of::<A>(first + t, t0),
+            );
+        };
+        let (radius, len) = (kernel as usize / 2, slots.len());
+        scores.take::<A>(
+            #[inline(always)]
+            |t| {
+                let t = first + t;
+                let mut sum = A::splat(0.0);
+                for t in t.saturating_sub(radius)..(t + radius + 1).min(len) {
+                    sum = A::add(sum, A::load(single.exponentials(t)));
+                }
+                A::mul(sum, pooled_of)
+            },
+        );
+    }
+}
+
+/// Exponentials of a block of lanes of rows.
+struct Single<'a> {
+    logits: &'a [f32],
+    width: usize,
+    block: usize,
+    reached: &'a [u32; LANES],
+    inverse: &'a Lanes,
+    /// Whether all rows reach all slots.
+    whole: bool,
+}
+
+impl Single<'_> {
+    #[inline(always)]
+    fn exponentials(&self, t: usize) -> &Lanes {
+        lanes(&self.logits[t * self.width..][..self.width], self.block)
+    }
+
+    /// Probabilities of slot `t` of those that begin with slot `start`.
+    #[inline(always)]
+    fn of<A: Arithmetic>(&self, t: usize, start: u32) -> A::Vector {
+        let x = self.exponentials(t);
+        let p = A::mul(A::load(x), A::load(self.inverse));
+        if self.whole {
+            return p;
+        }
+        let mut some = [0.0; LANES];
+        A::store(p, &mut some);
+        for l in 0..LANES {
+            // Not even NaN beyond what it reaches.
+            some[l] = if start + (t as u32) < self.reached[l] { some[l] } else { 0.0 };
+        }
+        A::load(&some)
     }
 }

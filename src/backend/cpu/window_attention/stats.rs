@@ -9,9 +9,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::super::tile::{Arithmetic, Isa, Kernel, LANES, exp2};
+use super::super::isa::{Arithmetic, Isa, Kernel, LANES, Lanes, exp2, greater};
 use super::queries::{Product, Queries, tile};
-use super::{Head, Lanes, Scratch};
+use super::{Head, Scratch};
 
 /// Slots that a task gets at least, and pieces that a block's slots are cut into at most.
 const PIECE: usize = 1024;
@@ -66,10 +66,11 @@ impl Stat {
         }
     }
 
-    fn merge(&mut self, mut other: Self) {
+    #[inline(always)]
+    fn merge<A: Arithmetic>(&mut self, mut other: Self) {
         let max = std::array::from_fn(|l| greater(self.max[l], other.max[l]));
-        other.rescale::<Unfused>(&max);
-        self.rescale::<Unfused>(&max);
+        other.rescale::<A>(&max);
+        self.rescale::<A>(&max);
         for l in 0..LANES {
             self.sum[l] += other.sum[l];
             self.base[l] += other.base[l];
@@ -101,20 +102,6 @@ impl Stat {
     }
 }
 
-/// Rounded twice, on every machine.
-struct Unfused;
-impl Arithmetic for Unfused {
-    fn mul_add(a: f32, b: f32, c: f32) -> f32 {
-        a * b + c
-    }
-}
-
-/// The greater, or the one that is a number.
-#[inline(always)]
-fn greater(a: f32, b: f32) -> f32 {
-    if b > a { b } else { a }
-}
-
 /// Pass 1: statistics of all rows of each block of each head.
 pub(super) fn row_stats(
     isa: Isa,
@@ -144,9 +131,24 @@ pub(super) fn row_stats(
         .collect();
     let mut stats: Vec<Vec<Vec<Stat>>> = heads.iter().map(Head::initial_stats).collect();
     for ((i, b, ..), part) in tasks.into_iter().zip(parts) {
-        stats[i][b].iter_mut().zip(part).for_each(|(stat, part)| stat.merge(part));
+        isa.run(Merge { stats: &mut stats[i][b], part });
     }
     stats
+}
+
+/// Joins the statistics of a piece with those of the pieces before it.
+struct Merge<'a> {
+    stats: &'a mut [Stat],
+    part: Vec<Stat>,
+}
+
+impl Kernel for Merge<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        self.stats.iter_mut().zip(self.part).for_each(|(stat, part)| stat.merge::<A>(part));
+    }
 }
 
 impl Head<'_> {
@@ -185,28 +187,18 @@ impl Head<'_> {
         let queries = Queries::of(kept, queries, isa, self, block.clone());
         let mut stats = vec![Stat::EMPTY; queries.shape.width / LANES];
         let limits = self.limits(&block, |w| self.visible(w));
-        for start in slots.clone().step_by(tile(isa)) {
-            let slots = start..slots.end.min(start + tile(isa));
-            product.turn();
-            product.multiply(self, queries, slots.clone());
-            isa.run(Sums {
-                head: self,
-                queries,
-                product,
-                slots,
-                limits: &limits,
-                stats: &mut stats,
-            });
-        }
+        let (limits, stats_of) = (&limits, &mut stats);
+        isa.run(Sums { isa, head: self, queries, product, slots, limits, stats: stats_of });
         stats
     }
 }
 
-/// Adds the logits of a tile to the statistics of its rows.
+/// Adds the logits of some slots to the statistics of a block of rows.
 struct Sums<'a> {
+    isa: Isa,
     head: &'a Head<'a>,
     queries: &'a Queries,
-    product: &'a Product,
+    product: &'a mut Product,
     slots: Range<usize>,
     /// Slots that each row sees.
     limits: &'a [[u32; LANES]],
@@ -218,33 +210,26 @@ impl Kernel for Sums<'_> {
 
     #[inline(always)]
     fn run<A: Arithmetic>(self) {
-        let Self { head, queries, product, slots, limits, stats } = self;
+        let Self { isa, head, queries, product, slots, limits, stats } = self;
         let (scored, radius) = (head.scored, head.radius());
         let scale = Queries::scale(head.q.dim());
-        // Whether all slots are scored and as often in pooling windows as any.
-        let inner = slots.start >= radius && slots.end + radius <= scored;
-        let width = queries.shape.width;
-        let logits = &product.logits.all()[..slots.len() * width];
-        for (block, (stat, limits)) in stats.iter_mut().zip(limits).enumerate() {
-            let tile = Tile { logits, width, block, scale };
-            let whole = limits.iter().all(|&n| n as usize >= slots.end);
-            if !(inner && whole) {
-                tile.edge::<A>(head, slots.clone(), limits, stat);
-                continue;
-            }
-            if stat.max.contains(&f32::NEG_INFINITY) {
-                stat.rescale::<A>(&tile.max(&stat.max));
-            }
-            let (mut max, mut sum) = tile.sums::<A>(&stat.max);
-            // Sums relative to an older, lesser maximum are as good, until they threaten to overflow.
-            if (0..LANES).any(|l| max[l] > stat.max[l] + SLACK) {
-                for (max, before) in max.iter_mut().zip(&stat.max) {
-                    *max = greater(*before, *max);
+        for start in slots.clone().step_by(tile(isa)) {
+            let slots = start..slots.end.min(start + tile(isa));
+            // Whether all slots are scored and as often in pooling windows as any.
+            let inner = slots.start >= radius && slots.end + radius <= scored;
+            product.turn();
+            for panel in queries.panels() {
+                let logits = &*product.multiply(head, queries, &panel, slots.clone());
+                let rows = stats[panel.clone()].iter_mut().zip(&limits[panel.clone()]);
+                for (block, (stat, limits)) in rows.enumerate() {
+                    let tile = Tile { logits, width: panel.len() * LANES, block, scale };
+                    let whole = limits.iter().all(|&n| n as usize >= slots.end);
+                    match inner && whole {
+                        true => tile.inner::<A>(stat),
+                        false => tile.edge::<A>(head, slots.clone(), limits, stat),
+                    }
                 }
-                stat.rescale::<A>(&max);
-                (_, sum) = tile.sums::<A>(&max);
             }
-            stat.add(&sum, &sum, &sum);
         }
     }
 }
@@ -284,29 +269,41 @@ impl Tile<'_> {
     /// The greatest logits, and sums of exponentials relative to `base`.
     #[inline(always)]
     fn sums<A: Arithmetic>(&self, base: &Lanes) -> (Lanes, Lanes) {
-        /// Chains of additions side by side.
-        const CHAINS: usize = 4;
         let mut minus = [0.0; LANES];
         for l in 0..LANES {
             minus[l] = if base[l] == f32::NEG_INFINITY { 0.0 } else { -base[l] };
         }
-        let (mut max, mut sum) = ([[f32::NEG_INFINITY; LANES]; CHAINS], [[0.0; LANES]; CHAINS]);
-        for rows in self.logits.chunks(CHAINS * self.width) {
-            for (c, row) in rows.chunks_exact(self.width).enumerate() {
-                let x = lanes(row, self.block);
-                for l in 0..LANES {
-                    max[c][l] = greater(max[c][l], x[l]);
-                    sum[c][l] += exp2::<A>(A::mul_add(x[l], self.scale, minus[l]));
-                }
-            }
+        let (scale, minus) = (A::splat(self.scale), A::load(&minus));
+        // One chain of additions: the exponential between two of them takes longer than an addition.
+        let mut max_of = A::splat(f32::NEG_INFINITY);
+        let mut sum_of = A::splat(0.0);
+        for x in self.slots() {
+            let x = A::load(x);
+            max_of = A::greater(max_of, x);
+            sum_of = A::add(sum_of, A::exp2(A::fma(x, scale, minus)));
         }
-        for c in 1..CHAINS {
-            for l in 0..LANES {
-                max[0][l] = greater(max[0][l], max[c][l]);
-                sum[0][l] += sum[c][l];
-            }
+        let (mut max, mut sum) = ([0.0; LANES], [0.0; LANES]);
+        A::store(max_of, &mut max);
+        A::store(sum_of, &mut sum);
+        (max.map(|x| x * self.scale), sum)
+    }
+
+    /// Slots that all rows see, and that count fully in all sums.
+    #[inline(always)]
+    fn inner<A: Arithmetic>(&self, stat: &mut Stat) {
+        if stat.max.contains(&f32::NEG_INFINITY) {
+            stat.rescale::<A>(&self.max(&stat.max));
         }
-        (max[0].map(|x| x * self.scale), sum[0])
+        let (mut max, mut sum) = self.sums::<A>(&stat.max);
+        // Sums relative to an older, lesser maximum are as good, until they threaten to overflow.
+        if (0..LANES).any(|l| max[l] > stat.max[l] + SLACK) {
+            for (max, before) in max.iter_mut().zip(&stat.max) {
+                *max = greater(*before, *max);
+            }
+            stat.rescale::<A>(&max);
+            (_, sum) = self.sums::<A>(&max);
+        }
+        stat.add(&sum, &sum, &sum);
     }
 
     /// Slots that not all rows see, or that count for more or less in the sums.
