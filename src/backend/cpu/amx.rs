@@ -280,29 +280,41 @@ impl Unit {
         Self(PhantomData)
     }
 
-    /// `c[row][column]` of all rows of `a` and a block of columns of `b`.
-    pub(super) fn multiply(&self, a: &Left<'_>, b: &Right, block: usize, c: &mut [f32]) {
+    /// `c[row][column]` of all rows of `a`, padding included, and a block of columns of `b`; rows of `c` are `pitch` apart.
+    pub(super) fn multiply(
+        &self,
+        a: &Left<'_>,
+        b: &Right,
+        block: usize,
+        c: &mut [f32],
+        pitch: usize,
+    ) {
         assert!(a.steps == b.steps, "operands of one product");
         let plane = a.rows * a.steps * STEP;
         assert!(a.elements.len() == a.planes * plane, "rows of the left operand");
         let blocks = b.lines.len() / (b.planes * b.steps * BLOCK);
         let b = &b.lines[block * b.planes * b.steps * BLOCK..][..b.planes * b.steps * BLOCK];
+        let pairs = plane_pairs(a.planes, b.len() / (a.steps * BLOCK));
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        for (m, c) in c[..a.rows * BLOCK].chunks_exact_mut(BLOCK * BLOCK).enumerate() {
-            // Loads of tiles are not foreseen by the machine: a share of the next operand's rows for each block of columns.
-            if a.in_place {
-                let ahead = a.elements.as_ptr_range().end.wrapping_add(m * BLOCK * a.steps * STEP);
-                for line in (block..BLOCK * a.steps).step_by(blocks) {
-                    unit::prefetch(ahead.wrapping_add(line * STEP));
+        for m in 0..a.rows / BLOCK {
+            let first = m * BLOCK * a.steps * STEP;
+            // Loads of tiles are not foreseen by the machine: with each step, a share of the rows of the next operand.
+            let ahead = a.elements.as_ptr_range().end.wrapping_add(first);
+            let mut lines = (block..BLOCK * a.steps).step_by(blocks);
+            unit::zero();
+            for (p, q) in pairs.clone() {
+                let left = &a.elements[p * plane + first..][..BLOCK * a.steps * STEP];
+                let right = &b[q * a.steps * BLOCK..][..a.steps * BLOCK];
+                for step in 0..a.steps {
+                    if a.in_place {
+                        for line in lines.by_ref().take(BLOCK.div_ceil(blocks)) {
+                            unit::prefetch(ahead.wrapping_add(line * STEP));
+                        }
+                    }
+                    unit::add(a.steps, step, left, right);
                 }
             }
-            unit::zero();
-            let first = m * BLOCK * a.steps * STEP;
-            for (p, q) in plane_pairs(a.planes, b.len() / (a.steps * BLOCK)) {
-                let left = &a.elements[p * plane + first..][..BLOCK * a.steps * STEP];
-                unit::add(a.steps, left, &b[q * a.steps * BLOCK..][..a.steps * BLOCK]);
-            }
-            unit::store(c);
+            unit::store(&mut c[m * BLOCK * pitch..], pitch);
         }
     }
 }
@@ -317,7 +329,7 @@ impl Drop for Unit {
 }
 
 /// Pairs of planes whose product reaches the last bit of an f32.
-fn plane_pairs(left: usize, right: usize) -> impl Iterator<Item = (usize, usize)> {
+fn plane_pairs(left: usize, right: usize) -> impl Iterator<Item = (usize, usize)> + Clone {
     const LAST: usize = 2;
     (0..left).flat_map(move |p| (0..right.min(LAST + 1 - p)).map(move |q| (p, q)))
 }
@@ -399,39 +411,37 @@ mod unit {
         }
     }
 
-    /// Adds the product of a block of rows and a block of columns.
-    pub(super) fn add(steps: usize, left: &[bf16], right: &[Line]) {
-        assert!(left.len() == BLOCK * steps * STEP && right.len() == steps * BLOCK);
+    /// Adds a step of the product of a block of rows and a block of columns.
+    pub(super) fn add(steps: usize, step: usize, left: &[bf16], right: &[Line]) {
+        assert!(left.len() == BLOCK * steps * STEP && right.len() == steps * BLOCK && step < steps);
         let stride = steps * size_of::<Line>();
-        for step in 0..steps {
-            // SAFETY: as in `zero`. Rows of tiles are a `Line` each: of `left` 32, `stride` apart, from the step's on,
-            // and of `right` 32 one after the other; all inside the slices by the assertion.
-            unsafe {
-                asm!(
-                    "tileloadd tmm4, [{left} + {stride} * 1]",
-                    "tileloadd tmm6, [{right} + {line} * 1]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{right} + {line} * 1 + 1024]",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tileloadd tmm5, [{below} + {stride} * 1]",
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "tdpbf16ps tmm3, tmm5, tmm7",
-                    left = in(reg) left.as_ptr().add(step * STEP),
-                    below = in(reg) left.as_ptr().add((TILE * steps + step) * STEP),
-                    right = in(reg) right.as_ptr().add(step * BLOCK),
-                    stride = in(reg) stride,
-                    line = in(reg) size_of::<Line>(),
-                    options(nostack, readonly),
-                );
-            }
+        // SAFETY: as in `zero`. Rows of tiles are a `Line` each: of `left` 32, `stride` apart, from the step's on,
+        // and of `right` 32 one after the other; all inside the slices by the assertion.
+        unsafe {
+            asm!(
+                "tileloadd tmm4, [{left} + {stride} * 1]",
+                "tileloadd tmm6, [{right} + {line} * 1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{right} + {line} * 1 + 1024]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm5, [{below} + {stride} * 1]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                left = in(reg) left.as_ptr().add(step * STEP),
+                below = in(reg) left.as_ptr().add((TILE * steps + step) * STEP),
+                right = in(reg) right.as_ptr().add(step * BLOCK),
+                stride = in(reg) stride,
+                line = in(reg) size_of::<Line>(),
+                options(nostack, readonly),
+            );
         }
     }
 
-    /// Writes the block: 32 rows of 32.
-    pub(super) fn store(to: &mut [f32]) {
-        const PITCH: usize = BLOCK * size_of::<f32>();
-        assert!(to.len() == BLOCK * BLOCK);
-        // SAFETY: as in `zero`. Rows of tiles are 64 bytes; two by two tiles fill 32 rows of `PITCH` bytes.
+    /// Writes the block: 32 rows of 32, `pitch` apart.
+    pub(super) fn store(to: &mut [f32], pitch: usize) {
+        assert!(pitch >= BLOCK && to.len() >= (BLOCK - 1) * pitch + BLOCK);
+        // SAFETY: as in `zero`. Rows of tiles are 64 bytes; two by two tiles are 32 rows of 128 bytes, `pitch` elements
+        // apart, inside `to` by the assertion.
         unsafe {
             asm!(
                 "tilestored [{to} + {pitch} * 1], tmm0",
@@ -439,8 +449,8 @@ mod unit {
                 "tilestored [{below} + {pitch} * 1], tmm2",
                 "tilestored [{below} + {pitch} * 1 + 64], tmm3",
                 to = in(reg) to.as_mut_ptr(),
-                below = in(reg) to.as_mut_ptr().add(TILE * BLOCK),
-                pitch = in(reg) PITCH,
+                below = in(reg) to.as_mut_ptr().add(TILE * pitch),
+                pitch = in(reg) pitch * size_of::<f32>(),
                 options(nostack),
             );
         }

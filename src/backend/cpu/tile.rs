@@ -94,16 +94,21 @@ fn widen<T: Element>(
 /// `c[m, n] = a[m, k] · b[n, k]ᵀ`, all rows contiguous, on the calling thread: the bits depend on the
 /// shape alone.
 pub(super) fn matmul_nt(k: usize, a: &[f32], b: &[f32], c: &mut [f32]) {
+    matmul_nt_to(k, a, b, c, b.len() / k);
+}
+
+/// As [`matmul_nt`], rows of `c` `pitch` apart.
+pub(super) fn matmul_nt_to(k: usize, a: &[f32], b: &[f32], c: &mut [f32], pitch: usize) {
     let (m, n) = (a.len() / k, b.len() / k);
-    assert!(a.len() == m * k && b.len() == n * k && c.len() == m * n, "shapes of a tile product");
-    product([m, n, k], a, [1, k], b, [k, 1], c);
+    assert!(a.len() == m * k && b.len() == n * k, "operands of a tile product");
+    product([m, n, k], a, [1, k], b, [k, 1], c, pitch);
 }
 
 /// `c[n, n] = a[k, n]ᵀ · a`, as [`matmul_nt`].
 pub(super) fn gram(n: usize, a: &[f32], c: &mut [f32]) {
     let k = a.len() / n;
     assert!(a.len() == k * n && c.len() == n * n, "shapes of a Gram matrix");
-    product([n, n, k], a, [n, 1], a, [1, n], c);
+    product([n, n, k], a, [n, 1], a, [1, n], c, n);
 }
 
 /// `c[m, n] = a[m, k] · b[k, n]`, with the distances of columns and of rows in `a` and `b`. Checked by the two above: all
@@ -115,10 +120,12 @@ fn product(
     b: &[f32],
     [b_columns, b_rows]: [usize; 2],
     c: &mut [f32],
+    pitch: usize,
 ) {
+    assert!(pitch >= n && (m == 0 || c.len() >= (m - 1) * pitch + n), "room for a tile product");
     #[allow(unsafe_code, reason = "the matrix product's crate has no safe interface")]
     // SAFETY: the operands are m×k, k×n and m×n elements at the given strides, all inside their slices
-    // by the assertions of the callers; `c` is borrowed exclusively, so it overlaps neither operand; f32 is one
+    // by the assertions here and of the callers; `c` is borrowed exclusively, so it overlaps neither operand; f32 is one
     // of the types the crate supports; without `read_dst` nothing of `c` is read.
     unsafe {
         gemm::gemm(
@@ -127,7 +134,7 @@ fn product(
             k,
             c.as_mut_ptr(),
             1,
-            n as isize,
+            pitch as isize,
             false,
             a.as_ptr(),
             a_columns as isize,

@@ -190,7 +190,7 @@ impl Kernel for UnitTile<'_> {
         let Self { unit, left, right, columns, products, sums } = self;
         let mut rows = [[0f32; LANES]; UNIT_TILE];
         for (block, from) in (0..columns).step_by(amx::BLOCK).enumerate() {
-            unit.multiply(&left, right, block, products);
+            unit.multiply(&left, right, block, products, amx::BLOCK);
             // Padding may be NaN, where a value is infinite.
             let width = amx::BLOCK.min(columns - from);
             for (lanes, row) in rows.iter_mut().zip(products.chunks_exact(amx::BLOCK)) {

@@ -23,7 +23,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::isa::{Isa, LANES};
-use super::{HostLayer, HostSlice, tile};
+use super::tile::Aligned;
+use super::{HostLayer, HostSlice, amx, tile};
 use crate::backend::check;
 use crate::backend::ops::{Reduce, WindowAttention};
 use crate::error::{Error, Result};
@@ -41,6 +42,8 @@ const KEPT: usize = 4;
 const CHUNK: usize = 1024;
 /// Keys, in bytes, that a thread's share of the caches holds from one pass to the next.
 const CACHED: usize = 4 << 20;
+/// Logits, in bytes, that are kept from one pass to the next.
+const KEPT_LOGITS: usize = 128 << 20;
 
 const METHOD: &str = "window attention";
 
@@ -57,6 +60,7 @@ pub(super) fn run(
     let mut rows = out.rows_mut().into_iter();
     let mut means = mean.map(|mean| mean.rows_mut().into_iter());
     let mut heads = heads.as_slice();
+    let mut logits = Aligned::default();
     while !heads.is_empty() {
         let mut bytes = 0;
         let room = CACHED * rayon::current_num_threads();
@@ -68,21 +72,37 @@ pub(super) fn run(
         let (now, later) = heads.split_at(fit.count());
         heads = later;
         let means = means.as_mut().map(|rows| rows.take(now.len()).collect());
-        score(isa, now, rows.by_ref().take(now.len()).collect(), means);
+        let rows = rows.by_ref().take(now.len()).collect();
+        score(isa, now, &mut logits, rows, means);
     }
     Ok(())
 }
 
 /// Scores of some heads.
-fn score(isa: Isa, heads: &[Head<'_>], out: Vec<&mut [f32]>, means: Option<Vec<&mut [f32]>>) {
+fn score(
+    isa: Isa,
+    heads: &[Head<'_>],
+    logits: &mut Aligned,
+    out: Vec<&mut [f32]>,
+    means: Option<Vec<&mut [f32]>>,
+) {
     let kept: Vec<Vec<Queries>> = heads.par_iter().map(|head| head.kept(isa)).collect();
-    let stats = row_stats(isa, heads, &kept);
+    let room: usize = heads.iter().flat_map(Head::logits).sum();
+    let keep = room * size_of::<f32>() <= KEPT_LOGITS
+        && heads.iter().all(|head| head.two_passes() && Queries::worth_keeping(isa, head));
+    let kept_of = if keep { heads } else { &[] };
+    let logits = logits.first(if keep { room } else { 0 });
+    let stats = row_stats(isa, heads, &kept, by_block(kept_of, logits));
+    let logits = by_block(kept_of, logits);
     let factors: Vec<Vec<Vec<Factors>>> =
         heads.iter().zip(&stats).map(|(head, stats)| head.factors(stats)).collect();
     let mut means = means.into_iter().flatten();
     let mut tasks = Vec::new();
-    for (((head, kept), factors), row) in heads.iter().zip(&kept).zip(&factors).zip(out) {
+    for (i, (((head, kept), factors), row)) in
+        heads.iter().zip(&kept).zip(&factors).zip(out).enumerate()
+    {
         row.fill(0.0);
+        let logits = logits.get(i).map(Vec::as_slice);
         let chunk = CHUNK.next_multiple_of(reduce::width(isa, head));
         let mut mean = means.next().map(|row| {
             row.fill(0.0);
@@ -90,12 +110,19 @@ fn score(isa: Isa, heads: &[Head<'_>], out: Vec<&mut [f32]>, means: Option<Vec<&
         });
         for (i, out) in row[..head.scored].chunks_mut(chunk).enumerate() {
             let mean = mean.as_mut().and_then(Iterator::next);
-            tasks.push((Chunk { isa, head, kept, factors, start: i * chunk }, out, mean));
+            let chunk = Chunk { isa, head, kept, factors, logits, start: i * chunk };
+            tasks.push((chunk, out, mean));
         }
     }
     tasks.into_par_iter().for_each_init(Scratch::default, |scratch, (chunk, out, mean)| {
         chunk.reduce(scratch, out, mean)
     });
+}
+
+/// The part of each block of each head.
+fn by_block<'a>(heads: &[Head<'_>], mut logits: &'a mut [f32]) -> Vec<Vec<&'a mut [f32]>> {
+    let mut part = |n| logits.split_off_mut(..n).unwrap_or_default();
+    heads.iter().map(|head| head.logits().map(&mut part).collect()).collect()
 }
 
 /// One segment: what of it is scored, by which queries.
@@ -157,6 +184,17 @@ impl<'a> Head<'a> {
     fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let (window, block) = (self.window(), self.block);
         (0..window).step_by(block).map(move |w| w..window.min(w + block))
+    }
+
+    /// Whether pass 1 is needed.
+    fn two_passes(&self) -> bool {
+        self.scored > 0 && (self.layer.lse().is_none() || self.op.row_pool.is_some())
+    }
+
+    /// Logits of each block, those of padding included.
+    fn logits(&self) -> impl Iterator<Item = usize> {
+        let slots = self.visible(self.window() - 1).next_multiple_of(amx::BLOCK);
+        self.blocks().map(move |block| slots * queries::Shape::new(self, &block).width)
     }
 
     /// Bytes of its keys.
@@ -252,4 +290,5 @@ struct Scratch {
     product: Product,
     scores: reduce::Sums,
     means: reduce::Sums,
+    exponentials: Aligned,
 }

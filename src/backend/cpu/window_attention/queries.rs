@@ -6,9 +6,10 @@
 use std::ops::Range;
 
 use super::super::amx::{self, Left, Packed, Right, Unit};
-use super::super::isa::{Isa, LANES};
+use super::super::isa::{Isa, LANES, Lanes};
 use super::super::tile::{self, Aligned};
 use super::Head;
+use crate::dtype::Dtype;
 
 /// Query rows of a block of window tokens.
 #[derive(Default)]
@@ -77,6 +78,11 @@ impl Queries {
         })
     }
 
+    /// Whether products cost more than keeping them: all but those of one plane by the tile unit.
+    pub(super) fn worth_keeping(isa: Isa, head: &Head<'_>) -> bool {
+        isa < Isa::Amx || head.layer.k().dtype() != Dtype::BF16 || head.q.dtype() != Dtype::BF16
+    }
+
     /// Rows that are multiplied at once.
     fn panel(&self) -> usize {
         if self.splits { amx::BLOCK } else { self.shape.width }
@@ -118,37 +124,66 @@ impl Product {
         (self.split, self.widened) = (None, false);
     }
 
-    /// `q · k` of a panel of queries and the current slots of its head: `[slot, row]`.
-    pub(super) fn multiply(
-        &mut self,
+    /// `q · k` of a panel of queries and the current slots of its head, among those `to` keep if there are such.
+    pub(super) fn multiply<'a>(
+        &'a mut self,
         head: &Head<'_>,
         queries: &Queries,
         panel: &Range<usize>,
         slots: Range<usize>,
-    ) -> &mut [f32] {
+        to: Option<&'a mut [f32]>,
+    ) -> Logits<'a> {
         let (dim, keys, width) = (head.q.dim(), head.layer.k(), queries.panel());
-        let len = slots.len() * width;
-        let logits = self.logits.first(slots.len().next_multiple_of(amx::BLOCK) * width);
+        let Self { unit, packed, keys: widened, split, widened: ready, logits } = self;
+        let (first, pitch, products) = match to {
+            Some(kept) => (panel.start, queries.shape.width, kept),
+            None => (0, width, logits.first(slots.len().next_multiple_of(amx::BLOCK) * width)),
+        };
+        let len = slots.len() * pitch;
+        let c = &mut products[first * LANES..];
+        let mut by_unit = false;
         if queries.splits {
-            let unit = self.unit.get_or_insert_with(Unit::open);
+            let unit = unit.get_or_insert_with(Unit::open);
             let block = panel.start * LANES / width;
             if let Some(left) = Left::in_place(keys, head.head, slots.clone()) {
-                unit.multiply(&left, &queries.packed, block, logits);
-                return &mut logits[..len];
-            }
-            let load = || self.packed.load(keys, head.head, slots.clone());
-            if *self.split.get_or_insert_with(load) {
-                unit.multiply(&self.packed.left(), &queries.packed, block, logits);
-                return &mut logits[..len];
+                unit.multiply(&left, &queries.packed, block, c, pitch);
+                by_unit = true;
+            } else if *split.get_or_insert_with(|| packed.load(keys, head.head, slots.clone())) {
+                unit.multiply(&packed.left(), &queries.packed, block, c, pitch);
+                by_unit = true;
             }
         }
-        if !self.widened {
-            self.keys.resize(slots.len() * dim, 0.0);
-            tile::widen_rows(keys, head.head, slots.clone(), &mut self.keys);
-            self.widened = true;
+        if !by_unit {
+            if !*ready {
+                widened.resize(slots.len() * dim, 0.0);
+                tile::widen_rows(keys, head.head, slots.clone(), widened);
+                *ready = true;
+            }
+            let rows = &queries.rows[panel.start * LANES * dim..panel.end * LANES * dim];
+            tile::matmul_nt_to(dim, widened, rows, c, pitch);
         }
-        let rows = &queries.rows[panel.start * LANES * dim..panel.end * LANES * dim];
-        tile::matmul_nt(dim, &self.keys, rows, &mut logits[..len]);
-        &mut logits[..len]
+        Logits { products: &products[..len], pitch, first }
+    }
+}
+
+/// Products of some slots and blocks of lanes: `[slot, row]`.
+#[derive(Clone, Copy)]
+pub(super) struct Logits<'a> {
+    pub(super) products: &'a [f32],
+    pub(super) pitch: usize,
+    /// The first block of lanes.
+    pub(super) first: usize,
+}
+
+impl<'a> Logits<'a> {
+    /// A block of lanes of a slot.
+    #[inline(always)]
+    pub(super) fn at(&self, slot: usize, block: usize) -> &'a Lanes {
+        &self.products[slot * self.pitch..][..self.pitch].as_chunks().0[self.first + block]
+    }
+
+    #[inline(always)]
+    pub(super) fn slots(&self) -> usize {
+        self.products.len() / self.pitch
     }
 }

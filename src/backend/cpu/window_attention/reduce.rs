@@ -7,8 +7,8 @@ use std::ops::Range;
 
 use super::super::isa::{Arithmetic, Isa, Kernel, LANES, Lanes, exp2};
 use super::super::tile::{self, Aligned, max2};
-use super::queries::{Queries, tile};
-use super::stats::{Stat, lanes};
+use super::queries::{Logits, Queries, tile};
+use super::stats::Stat;
 use super::{Head, Scratch};
 use crate::backend::ops::Reduce;
 
@@ -46,6 +46,8 @@ pub(super) struct Chunk<'a> {
     pub(super) head: &'a Head<'a>,
     pub(super) kept: &'a [Queries],
     pub(super) factors: &'a [Vec<Factors>],
+    /// Logits that pass 1 has kept, by block.
+    pub(super) logits: Option<&'a [&'a mut [f32]]>,
     pub(super) start: usize,
 }
 
@@ -97,7 +99,7 @@ impl Chunk<'_> {
         let (end, radius) = (start + out.len(), head.radius());
         // The tile and its halo.
         let slots = start.saturating_sub(radius)..head.scored.min(end + radius);
-        let Scratch { queries, product, scores, means } = scratch;
+        let Scratch { queries, product, scores, means, exponentials } = scratch;
         let units = if head.apart() { head.group } else { 1 };
         scores.clear(head.reduction(), units, out.len());
         means.clear(Reduce::Mean, 1, out.len());
@@ -108,8 +110,14 @@ impl Chunk<'_> {
             }
             let queries = Queries::of(self.kept.get(b), queries, self.isa, head, block);
             for panel in queries.panels() {
-                let logits = product.multiply(head, queries, &panel, slots.clone());
-                let width = panel.len() * LANES;
+                let logits = match self.logits {
+                    Some(kept) => {
+                        let pitch = queries.shape.width;
+                        let products = &kept[b][slots.start * pitch..slots.end * pitch];
+                        Logits { products, pitch, first: panel.start }
+                    }
+                    None => product.multiply(head, queries, &panel, slots.clone(), None),
+                };
                 for (block, factors) in factors[panel.clone()].iter().enumerate() {
                     let unit = match head.apart() {
                         true => (panel.start + block) * LANES / queries.shape.pitch,
@@ -119,9 +127,9 @@ impl Chunk<'_> {
                         break;
                     }
                     let means = mean.is_some().then_some(&mut *means);
-                    let slots = slots.clone();
-                    let rows = Rows { head, factors, logits, width, block, slots, start };
-                    rows.reduce::<A>(scores.of_unit(unit), means);
+                    let (slots, scores) = (slots.clone(), scores.of_unit(unit));
+                    let rows = Rows { head, factors, logits, block, slots, start };
+                    rows.reduce::<A>(exponentials, scores, means);
                 }
             }
             scores.end_block();
@@ -227,9 +235,7 @@ impl Running<'_> {
 struct Rows<'a> {
     head: &'a Head<'a>,
     factors: &'a Factors,
-    /// `[slot, row]`, rows of the panel.
-    logits: &'a mut [f32],
-    width: usize,
+    logits: Logits<'a>,
     block: usize,
     /// Slots multiplied, and the first that is scored here.
     slots: Range<usize>,
@@ -238,8 +244,13 @@ struct Rows<'a> {
 
 impl Rows<'_> {
     #[inline(always)]
-    fn reduce<A: Arithmetic>(self, mut scores: Running<'_>, means: Option<&mut Sums>) {
-        let Self { head, factors, logits, width, block, slots, start } = self;
+    fn reduce<A: Arithmetic>(
+        self,
+        exponentials: &mut Aligned,
+        mut scores: Running<'_>,
+        means: Option<&mut Sums>,
+    ) {
+        let Self { head, factors, logits, block, slots, start } = self;
         let first = start - slots.start;
         let scale = Queries::scale(head.q.dim());
         let Factors { minus, inverse, pooled, reached } = factors;
@@ -251,45 +262,46 @@ impl Rows<'_> {
             return scores.take::<A>(
                 #[inline(always)]
                 |t| {
-                    let x = A::load(lanes(&logits[(first + t) * width..][..width], block));
+                    let x = A::load(logits.at(first + t, block));
                     A::mul(A::exp2(A::fma(x, scale_of, minus_of)), inverse_of)
                 },
             );
         }
-        for (t, row) in (slots.start as u32..).zip(logits.chunks_exact_mut(width)) {
-            let x = &mut row.as_chunks_mut::<LANES>().0[block];
+        let exponentials = exponentials.first(slots.len() * LANES).as_chunks_mut::<LANES>().0;
+        for (i, e) in exponentials.iter_mut().enumerate() {
+            let x = logits.at(i, block);
             if whole {
-                A::store(A::exp2(A::fma(A::load(x), scale_of, minus_of)), x);
+                A::store(A::exp2(A::fma(A::load(x), scale_of, minus_of)), e);
                 continue;
             }
             for l in 0..LANES {
-                let e = exp2::<A>(A::mul_add(x[l], scale, minus[l]));
-                x[l] = if t < reached[l] { e } else { 0.0 };
+                let y = exp2::<A>(A::mul_add(x[l], scale, minus[l]));
+                e[l] = if ((slots.start + i) as u32) < reached[l] { y } else { 0.0 };
             }
         }
-        let single = Single { logits, width, block, reached, inverse, whole };
+        let exponentials = &*exponentials;
+        let single = Single { exponentials, inverse, reached, start: slots.start, whole };
         if let Some(means) = means {
-            let t0 = slots.start as u32;
             means.of_unit(0).take::<A>(
                 #[inline(always)]
-                |t| single.of::<A>(first + t, t0),
+                |t| single.at::<A>(first + t),
             );
         }
         let Some(kernel) = head.op.row_pool else {
-            let t0 = slots.start as u32;
             return scores.take::<A>(
                 #[inline(always)]
-                |t| single.of::<A>(first + t, t0),
+                |t| single.at::<A>(first + t),
             );
         };
-        let (radius, len) = (kernel as usize / 2, slots.len());
+        let radius = kernel as usize / 2;
         scores.take::<A>(
             #[inline(always)]
             |t| {
                 let t = first + t;
                 let mut sum = A::splat(0.0);
-                for t in t.saturating_sub(radius)..(t + radius + 1).min(len) {
-                    sum = A::add(sum, A::load(single.exponentials(t)));
+                for e in &exponentials[t.saturating_sub(radius)..(t + radius + 1).min(slots.len())]
+                {
+                    sum = A::add(sum, A::load(e));
                 }
                 A::mul(sum, pooled_of)
             },
@@ -297,37 +309,31 @@ impl Rows<'_> {
     }
 }
 
-/// Exponentials of a block of lanes of rows.
+/// Probabilities of single slots.
 struct Single<'a> {
-    logits: &'a [f32],
-    width: usize,
-    block: usize,
-    reached: &'a [u32; LANES],
+    exponentials: &'a [Lanes],
     inverse: &'a Lanes,
+    reached: &'a [u32; LANES],
+    /// The first slot.
+    start: usize,
     /// Whether all rows reach all slots.
     whole: bool,
 }
 
 impl Single<'_> {
     #[inline(always)]
-    fn exponentials(&self, t: usize) -> &Lanes {
-        lanes(&self.logits[t * self.width..][..self.width], self.block)
-    }
-
-    /// Probabilities of slot `t` of those that begin with slot `start`.
-    #[inline(always)]
-    fn of<A: Arithmetic>(&self, t: usize, start: u32) -> A::Vector {
-        let x = self.exponentials(t);
-        let p = A::mul(A::load(x), A::load(self.inverse));
+    fn at<A: Arithmetic>(&self, t: usize) -> A::Vector {
+        let p = A::mul(A::load(&self.exponentials[t]), A::load(self.inverse));
         if self.whole {
             return p;
         }
-        let mut some = [0.0; LANES];
-        A::store(p, &mut some);
+        let mut lanes = [0.0; LANES];
+        A::store(p, &mut lanes);
         for l in 0..LANES {
-            // Not even NaN beyond what it reaches.
-            some[l] = if start + (t as u32) < self.reached[l] { some[l] } else { 0.0 };
+            // Not even NaN beyond what the row reaches.
+            let reached = ((self.start + t) as u32) < self.reached[l];
+            lanes[l] = if reached { lanes[l] } else { 0.0 };
         }
-        A::load(&some)
+        A::load(&lanes)
     }
 }

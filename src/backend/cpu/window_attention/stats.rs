@@ -10,7 +10,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::super::isa::{Arithmetic, Isa, Kernel, LANES, Lanes, exp2, greater};
-use super::queries::{Product, Queries, tile};
+use super::queries::{Logits, Product, Queries, Shape, tile};
 use super::{Head, Scratch};
 
 /// Slots that a task gets at least, and pieces that a block's slots are cut into at most.
@@ -107,30 +107,42 @@ pub(super) fn row_stats(
     isa: Isa,
     heads: &[Head<'_>],
     kept: &[Vec<Queries>],
+    mut logits: Vec<Vec<&mut [f32]>>,
 ) -> Vec<Vec<Vec<Stat>>> {
     let mut tasks = Vec::new();
     for (i, head) in heads.iter().enumerate() {
-        if head.scored == 0 || (head.layer.lse().is_some() && head.op.row_pool.is_none()) {
+        if !head.two_passes() {
             continue;
         }
         let pieces = (PIECES / head.blocks().count()).max(1);
         for (b, block) in head.blocks().enumerate() {
             let seen = head.visible(block.end - 1);
             let piece = seen.div_ceil(pieces).next_multiple_of(PIECE);
+            let width = Shape::new(head, &block).width;
+            let mut to = logits.get_mut(i).map(|blocks| std::mem::take(&mut blocks[b]));
             for start in (0..seen).step_by(piece) {
-                tasks.push((i, b, block.clone(), start..seen.min(start + piece)));
+                let slots = start..seen.min(start + piece);
+                let part;
+                (part, to) = match to {
+                    Some(to) if slots.end < seen => {
+                        let (now, later) = to.split_at_mut(slots.len() * width);
+                        (Some(now), Some(later))
+                    }
+                    last => (last, None),
+                };
+                tasks.push((i, b, block.clone(), slots, part));
             }
         }
     }
-    let parts: Vec<Vec<Stat>> = tasks
-        .par_iter()
-        .map_init(Scratch::default, |scratch, (i, b, block, slots)| {
-            let kept = kept[*i].get(*b);
-            heads[*i].block_stats(isa, scratch, kept, block.clone(), slots.clone())
+    let parts: Vec<(usize, usize, Vec<Stat>)> = tasks
+        .into_par_iter()
+        .map_init(Scratch::default, |scratch, (i, b, block, slots, to)| {
+            let kept = kept[i].get(b);
+            (i, b, heads[i].block_stats(isa, scratch, kept, block, slots, to))
         })
         .collect();
     let mut stats: Vec<Vec<Vec<Stat>>> = heads.iter().map(Head::initial_stats).collect();
-    for ((i, b, ..), part) in tasks.into_iter().zip(parts) {
+    for (i, b, part) in parts {
         isa.run(Merge { stats: &mut stats[i][b], part });
     }
     stats
@@ -182,13 +194,14 @@ impl Head<'_> {
         kept: Option<&Queries>,
         block: Range<usize>,
         slots: Range<usize>,
+        to: Option<&mut [f32]>,
     ) -> Vec<Stat> {
         let Scratch { queries, product, .. } = scratch;
         let queries = Queries::of(kept, queries, isa, self, block.clone());
         let mut stats = vec![Stat::EMPTY; queries.shape.width / LANES];
         let limits = self.limits(&block, |w| self.visible(w));
         let (limits, stats_of) = (&limits, &mut stats);
-        isa.run(Sums { isa, head: self, queries, product, slots, limits, stats: stats_of });
+        isa.run(Sums { isa, head: self, queries, product, slots, limits, stats: stats_of, to });
         stats
     }
 }
@@ -203,6 +216,8 @@ struct Sums<'a> {
     /// Slots that each row sees.
     limits: &'a [[u32; LANES]],
     stats: &'a mut [Stat],
+    /// Where logits are kept, from the first slot on.
+    to: Option<&'a mut [f32]>,
 }
 
 impl Kernel for Sums<'_> {
@@ -210,19 +225,20 @@ impl Kernel for Sums<'_> {
 
     #[inline(always)]
     fn run<A: Arithmetic>(self) {
-        let Self { isa, head, queries, product, slots, limits, stats } = self;
+        let Self { isa, head, queries, product, slots: all, limits, stats, mut to } = self;
         let (scored, radius) = (head.scored, head.radius());
         let scale = Queries::scale(head.q.dim());
-        for start in slots.clone().step_by(tile(isa)) {
-            let slots = start..slots.end.min(start + tile(isa));
+        for start in all.clone().step_by(tile(isa)) {
+            let slots = start..all.end.min(start + tile(isa));
             // Whether all slots are scored and as often in pooling windows as any.
             let inner = slots.start >= radius && slots.end + radius <= scored;
             product.turn();
             for panel in queries.panels() {
-                let logits = &*product.multiply(head, queries, &panel, slots.clone());
+                let to = to.as_mut().map(|to| &mut to[(start - all.start) * queries.shape.width..]);
+                let logits = product.multiply(head, queries, &panel, slots.clone(), to);
                 let rows = stats[panel.clone()].iter_mut().zip(&limits[panel.clone()]);
                 for (block, (stat, limits)) in rows.enumerate() {
-                    let tile = Tile { logits, width: panel.len() * LANES, block, scale };
+                    let tile = Tile { logits, block, scale };
                     let whole = limits.iter().all(|&n| n as usize >= slots.end);
                     match inner && whole {
                         true => tile.inner::<A>(stat),
@@ -239,23 +255,18 @@ const SLACK: f32 = 32.0;
 
 /// Logits of some slots, and the block of lanes that is looked at.
 struct Tile<'a> {
-    logits: &'a [f32],
-    width: usize,
+    logits: Logits<'a>,
     block: usize,
     scale: f32,
 }
 
 impl Tile<'_> {
-    #[inline(always)]
-    fn slots(&self) -> impl ExactSizeIterator<Item = &Lanes> {
-        self.logits.chunks_exact(self.width).map(|row| lanes(row, self.block))
-    }
-
     /// The greatest logits, and the given ones.
     #[inline(always)]
     fn max(&self, least: &Lanes) -> Lanes {
         let mut max = [f32::NEG_INFINITY; LANES];
-        for x in self.slots() {
+        for t in 0..self.logits.slots() {
+            let x = self.logits.at(t, self.block);
             for l in 0..LANES {
                 max[l] = greater(max[l], x[l]);
             }
@@ -277,8 +288,8 @@ impl Tile<'_> {
         // One chain of additions: the exponential between two of them takes longer than an addition.
         let mut max_of = A::splat(f32::NEG_INFINITY);
         let mut sum_of = A::splat(0.0);
-        for x in self.slots() {
-            let x = A::load(x);
+        for t in 0..self.logits.slots() {
+            let x = A::load(self.logits.at(t, self.block));
             max_of = A::greater(max_of, x);
             sum_of = A::add(sum_of, A::exp2(A::fma(x, scale, minus)));
         }
@@ -316,7 +327,8 @@ impl Tile<'_> {
         stat: &mut Stat,
     ) {
         let mut max = [f32::NEG_INFINITY; LANES];
-        for (t, x) in (slots.start as u32..).zip(self.slots()) {
+        for (i, t) in (slots.start as u32..slots.end as u32).enumerate() {
+            let x = self.logits.at(i, self.block);
             for l in 0..LANES {
                 max[l] = greater(max[l], if t < limits[l] { x[l] } else { f32::NEG_INFINITY });
             }
@@ -327,7 +339,8 @@ impl Tile<'_> {
             minus[l] = if max[l] == f32::NEG_INFINITY { 0.0 } else { -max[l] };
         }
         let [mut sum, mut base, mut pooled] = [[0f32; LANES]; 3];
-        for (t, x) in slots.zip(self.slots()) {
+        for (i, t) in slots.enumerate() {
+            let x = self.logits.at(i, self.block);
             let (mass, weight) = head.weights(t);
             for l in 0..LANES {
                 let e = exp2::<A>(A::mul_add(x[l], self.scale, minus[l]));
@@ -340,10 +353,4 @@ impl Tile<'_> {
         stat.rescale::<A>(&max);
         stat.add(&sum, &base, &pooled);
     }
-}
-
-/// Rows of a block of lanes of a row of logits.
-#[inline(always)]
-pub(super) fn lanes(row: &[f32], block: usize) -> &Lanes {
-    &row.as_chunks().0[block]
 }
