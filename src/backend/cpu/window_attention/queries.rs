@@ -41,9 +41,9 @@ impl Shape {
     }
 }
 
-/// Slots that are multiplied at once: with the tile unit all that takes part stays in L1, without it a product pays for packing.
+/// Slots that are multiplied at once: with the tile unit what takes part stays in L1 or next to it, without it a product pays for packing.
 pub(super) fn tile(isa: Isa) -> usize {
-    if isa == Isa::Amx { 64 } else { 256 }
+    if isa == Isa::Amx { 128 } else { 256 }
 }
 
 impl Queries {
