@@ -222,6 +222,6 @@ impl Backend for Cpu {
         out: &mut Ragged<f32>,
         lse: Option<&mut Ragged<f32>>,
     ) -> Result<()> {
-        self.run(|| attend::run(op, sequences, out, lse))
+        self.run(|| attend::run(self.isa, op, sequences, out, lse))
     }
 }

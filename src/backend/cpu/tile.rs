@@ -388,3 +388,66 @@ pub(super) fn max(x: &[f32]) -> f32 {
     }
     lanes.into_iter().fold(f32::NEG_INFINITY, max2)
 }
+
+/// `out[i] = Σ x[i]`: the lanes of as many vectors as one has lanes. Added by halves, whatever the vector's place.
+#[inline(always)]
+pub(super) fn folds<const L: usize>(x: &[[f32; L]; L], out: &mut [f32; L]) {
+    #[cfg(target_arch = "x86_64")]
+    if let (Some(x), Some(out)) = (x.as_flattened().as_chunks().0.as_array(), out.as_mut_slice().as_mut_array())
+        && std::arch::is_x86_feature_detected!("avx512f")
+    {
+        #[allow(unsafe_code, reason = "measured: see benches/README.md")]
+        // SAFETY: the feature was detected on the line above; the function asks for nothing else.
+        return unsafe { folds_avx512(x, out) };
+    }
+    for (x, out) in x.iter().zip(out) {
+        let (mut x, mut width) = (*x, L / 2);
+        while width > 0 {
+            for l in 0..width {
+                x[l] += x[l + width];
+            }
+            width /= 2;
+        }
+        *out = x[0];
+    }
+}
+
+/// Of two vectors, halves that belong together are shuffled into one vector each and added: 15 additions for 16 vectors. Loops do
+/// not become this, but hundreds of moves of single lanes.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn folds_avx512(x: &[[f32; 16]; 16], out: &mut [f32; 16]) {
+    use std::arch::x86_64::*;
+    // Where the tree's leaf `i` comes out, and as that is an involution, which vector it has to be.
+    const LEAF: [usize; 16] = [0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15];
+    #[allow(unsafe_code, reason = "measured: see benches/README.md")]
+    // SAFETY: reads the 16 elements of an array.
+    let leaf = |i: usize| unsafe { _mm512_loadu_ps(x[LEAF[i]].as_ptr()) };
+    let mut sums: [__m512; 8] = [_mm512_setzero_ps(); 8];
+    for i in 0..8 {
+        let (a, b) = (leaf(i), leaf(i + 8));
+        sums[i] = _mm512_add_ps(
+            _mm512_shuffle_f32x4::<0x44>(a, b),
+            _mm512_shuffle_f32x4::<0xee>(a, b),
+        );
+    }
+    for i in 0..4 {
+        let (a, b) = (sums[i], sums[i + 4]);
+        sums[i] = _mm512_add_ps(
+            _mm512_shuffle_f32x4::<0x88>(a, b),
+            _mm512_shuffle_f32x4::<0xdd>(a, b),
+        );
+    }
+    for i in 0..2 {
+        let (a, b) = (sums[i], sums[i + 2]);
+        sums[i] =
+            _mm512_add_ps(_mm512_shuffle_ps::<0x44>(a, b), _mm512_shuffle_ps::<0xee>(a, b));
+    }
+    let [a, b, ..] = sums;
+    let sum = _mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xdd>(a, b));
+    #[allow(unsafe_code, reason = "measured: see benches/README.md")]
+    // SAFETY: writes the 16 elements of an array.
+    unsafe {
+        _mm512_storeu_ps(out.as_mut_ptr(), sum);
+    }
+}
