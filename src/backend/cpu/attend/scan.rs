@@ -18,7 +18,7 @@ use super::{Block, Part, QUERIES};
 use crate::view::Rows;
 
 /// Slots that go through softmax together, at most.
-const TILE: usize = 64;
+const TILE: usize = 32;
 /// Elements of a tile of widened rows.
 const WIDENED: usize = 8192;
 /// Rows take a multiple of this where they are widened, and are read where they lie if they have one.
@@ -50,8 +50,9 @@ impl Order {
         if self != Self::Pairs {
             return element;
         }
-        let (chunk, i) = (element / (2 * lanes), element % (2 * lanes));
-        chunk * 2 * lanes + i % 2 * lanes + i / 2
+        // No division: lanes are a power of two.
+        let i = element & (2 * lanes - 1);
+        element - i + (i & 1) * lanes + (i >> 1)
     }
 }
 
@@ -100,6 +101,59 @@ struct Tile<'a, T> {
     /// Element at which each row starts.
     starts: &'a [usize],
     pitch: usize,
+    /// As many rows that are read next: each chunk of this tile asks for its like of those.
+    next: &'a Next<'a>,
+}
+
+/// Rows to be asked for: the memory is to be busy while the arithmetic goes on, and lines that are asked for all at
+/// once would stop both.
+struct Next<'a> {
+    bytes: &'a [u8],
+    /// Byte at which each row starts.
+    starts: [usize; TILE],
+    /// Bytes of a chunk.
+    chunk: usize,
+}
+
+impl<'a> Next<'a> {
+    #[inline(always)]
+    fn new<const L: usize>(
+        rows: &Rows<'_, HostSlice<'a>>,
+        head: usize,
+        slots: Range<usize>,
+    ) -> Self {
+        let size = rows.dtype().size();
+        let bytes = match rows.storage() {
+            HostSlice::F32(data) => bytemuck::cast_slice(data),
+            HostSlice::F16(data) => bytemuck::cast_slice(data),
+            HostSlice::BF16(data) => bytemuck::cast_slice(data),
+        };
+        let mut starts = [0; TILE];
+        find(rows, head, &slots, &mut starts[..slots.len()]);
+        starts.iter_mut().for_each(|start| *start *= size);
+        Self { bytes, starts, chunk: 2 * L * size }
+    }
+
+    #[inline(always)]
+    fn ask(&self, row: usize, chunk: usize) {
+        const LINE: usize = 64;
+        let at = self.starts[row] + chunk * self.chunk;
+        tile::prefetch(self.bytes, at);
+        if self.chunk > LINE {
+            tile::prefetch(self.bytes, at + LINE);
+        }
+    }
+}
+
+/// Elements at which rows start.
+#[inline(always)]
+fn find(rows: &Rows<'_, HostSlice<'_>>, head: usize, slots: &Range<usize>, starts: &mut [usize]) {
+    let mut rest = starts;
+    for run in rows.runs(head, slots.start, slots.end) {
+        let (now, later) = rest.split_at_mut(run.rows);
+        now.iter_mut().enumerate().for_each(|(i, start)| *start = run.start + i * run.stride);
+        rest = later;
+    }
 }
 
 impl<'a, T: Source> Tile<'a, T> {
@@ -154,24 +208,39 @@ impl Scan<'_> {
                 *seen = block.visible(i).clamp(start, end) - start;
             }
             let starts = &mut starts[..end - start];
+            let next = &Next::new::<L>(&view.v, block.head, start..end);
             match read(&view.k, block.head, start, starts, widened) {
-                Data::F32(data) => {
-                    logits::<A, f32, L, H, Q>(&block.q, n, &Tile { data, starts, pitch }, &mut weights)
-                }
-                Data::BF16(data) => {
-                    logits::<A, bf16, L, H, Q>(&block.q, n, &Tile { data, starts, pitch }, &mut weights)
-                }
+                Data::F32(data) => logits::<A, f32, L, H, Q>(
+                    &block.q,
+                    n,
+                    &Tile { data, starts, pitch, next },
+                    &mut weights,
+                ),
+                Data::BF16(data) => logits::<A, bf16, L, H, Q>(
+                    &block.q,
+                    n,
+                    &Tile { data, starts, pitch, next },
+                    &mut weights,
+                ),
             }
             for i in 0..n {
                 part.weigh::<A, L>(i, pitch, &mut weights[i], seen[i], &mut sums[i]);
             }
+            let len = view.k.len(block.head);
+            let next = &Next::new::<L>(&view.k, block.head, end..len.min(end + step));
             match read(&view.v, block.head, start, starts, widened) {
-                Data::F32(data) => {
-                    accumulate::<A, f32, L, Q, E>(&weights, &seen[..n], &Tile { data, starts, pitch }, &mut part.out)
-                }
-                Data::BF16(data) => {
-                    accumulate::<A, bf16, L, Q, E>(&weights, &seen[..n], &Tile { data, starts, pitch }, &mut part.out)
-                }
+                Data::F32(data) => accumulate::<A, f32, L, Q, E>(
+                    &weights,
+                    &seen[..n],
+                    &Tile { data, starts, pitch, next },
+                    &mut part.out,
+                ),
+                Data::BF16(data) => accumulate::<A, bf16, L, Q, E>(
+                    &weights,
+                    &seen[..n],
+                    &Tile { data, starts, pitch, next },
+                    &mut part.out,
+                ),
             }
         }
         for (part, sums) in part.sum.iter_mut().zip(sums) {
@@ -202,23 +271,12 @@ fn read<'a>(
         _ => {
             let pitch = pitch(dim);
             starts.iter_mut().enumerate().for_each(|(i, start)| *start = i * pitch);
-            if pitch == dim {
-                tile::widen_rows(rows, head, slots, &mut widened[..starts.len() * dim]);
-            } else {
-                // The padding stays zero.
-                for (slot, row) in slots.zip(widened.chunks_exact_mut(pitch)) {
-                    tile::widen_rows(rows, head, slot..slot + 1, &mut row[..dim]);
-                }
-            }
+            // The padding stays zero.
+            tile::widen_apart(rows, head, slots, pitch, widened);
             return Data::F32(widened);
         }
     };
-    let mut rest = starts;
-    for run in rows.runs(head, slots.start, slots.end) {
-        let (now, later) = rest.split_at_mut(run.rows);
-        now.iter_mut().enumerate().for_each(|(i, start)| *start = run.start + i * run.stride);
-        rest = later;
-    }
+    find(rows, head, &slots, starts);
     data
 }
 
@@ -268,7 +326,8 @@ fn dots<A: Arithmetic, T: Source, const L: usize, const N: usize, const R: usize
             for (i, row) in rows.iter_mut().enumerate() {
                 *row = &tile.row(last.min(first + r + i))[..chunks];
             }
-            products::<A, T, L, N, R>(&q, &rows, r, &mut sums);
+            let asked = first + r..first + r + R;
+            products::<A, T, L, N, R>(&q, &rows, tile.next, asked, &mut sums);
         }
         for i in 0..N {
             let weights = weights[i][first..].first_chunk_mut().expect("whole vectors of slots");
@@ -278,17 +337,19 @@ fn dots<A: Arithmetic, T: Source, const L: usize, const N: usize, const R: usize
     N
 }
 
-/// Products of `N` queries with `R` rows, lane by lane, for rows `first` on.
+/// Products of `N` queries with `R` rows, lane by lane; which `slots` of the tile they are.
 #[inline(always)]
 fn products<A: Arithmetic, T: Source, const L: usize, const N: usize, const R: usize>(
     q: &[&[[[f32; L]; 2]]; N],
     rows: &[&[Chunk<T, L>]; R],
-    first: usize,
+    next: &Next<'_>,
+    slots: Range<usize>,
     out: &mut [[[f32; L]; L]; N],
 ) {
     let mut sums = [[[0f32; L]; R]; N];
     for c in 0..q[0].len() {
         for r in 0..R {
+            next.ask(slots.start + r, c);
             let k = T::load(&rows[r][c]);
             for i in 0..N {
                 for h in 0..2 {
@@ -299,6 +360,7 @@ fn products<A: Arithmetic, T: Source, const L: usize, const N: usize, const R: u
             }
         }
     }
+    let first = slots.start % L;
     for i in 0..N {
         out[i][first..first + R].copy_from_slice(&sums[i]);
     }
@@ -373,6 +435,7 @@ fn add_chunks<A: Arithmetic, T: Source, const L: usize, const N: usize, const P:
     for slot in slots {
         let row: &[Chunk<T, L>; P] = tile.row(slot)[c..].first_chunk().expect("a chunk");
         for p in 0..P {
+            tile.next.ask(slot, c + p);
             let v = T::load(&row[p]);
             for i in 0..N {
                 let weight = weights[i][slot];
