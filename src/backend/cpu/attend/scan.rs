@@ -177,16 +177,16 @@ impl Kernel for Scan<'_> {
     fn run<A: Arithmetic>(self) {
         // As many sums as a vector has lanes, or half of all registers.
         match lanes(self.block.isa) {
-            16 => self.scan::<A, 16, 8, 4, 2>(),
-            _ => self.scan::<A, 8, 4, 2, 1>(),
+            16 => self.scan::<A, 16, 4, 2>(),
+            _ => self.scan::<A, 8, 2, 1>(),
         }
     }
 }
 
 impl Scan<'_> {
-    /// With `L` lanes, and a half, a quarter and an eighth of that.
+    /// With `L` lanes, and a quarter and an eighth of that.
     #[inline(always)]
-    fn scan<A: Arithmetic, const L: usize, const H: usize, const Q: usize, const E: usize>(self) {
+    fn scan<A: Arithmetic, const L: usize, const Q: usize, const E: usize>(self) {
         let Self { block, slots, part } = self;
         let (view, n, pitch) = (block.view, block.rows.len(), block.pitch());
         let mut zeros;
@@ -210,13 +210,13 @@ impl Scan<'_> {
             let starts = &mut starts[..end - start];
             let next = &Next::new::<L>(&view.v, block.head, start..end);
             match read(&view.k, block.head, start, starts, widened) {
-                Data::F32(data) => logits::<A, f32, L, H, Q>(
+                Data::F32(data) => logits::<A, f32, L, Q>(
                     &block.q,
                     n,
                     &Tile { data, starts, pitch, next },
                     &mut weights,
                 ),
-                Data::BF16(data) => logits::<A, bf16, L, H, Q>(
+                Data::BF16(data) => logits::<A, bf16, L, Q>(
                     &block.q,
                     n,
                     &Tile { data, starts, pitch, next },
@@ -285,9 +285,10 @@ pub(super) fn pitch(dim: usize) -> usize {
     dim.next_multiple_of(UNIT)
 }
 
-/// `weights[i][row] = q[i] · tile[row]`, four queries at a time, then two and one.
+/// `weights[i][row] = q[i] · tile[row]`, four queries at a time, then one by one: loops for two do not
+/// become vector code.
 #[inline(always)]
-fn logits<A: Arithmetic, T: Source, const L: usize, const H: usize, const Q: usize>(
+fn logits<A: Arithmetic, T: Source, const L: usize, const Q: usize>(
     q: &[f32],
     n: usize,
     tile: &Tile<'_, T>,
@@ -298,7 +299,6 @@ fn logits<A: Arithmetic, T: Source, const L: usize, const H: usize, const Q: usi
         let (q, weights) = (&q[i * tile.pitch..], &mut weights[i..n]);
         i += match n - i {
             4.. => dots::<A, T, L, 4, Q>(q, tile, weights),
-            2.. => dots::<A, T, L, 2, H>(q, tile, weights),
             _ => dots::<A, T, L, 1, L>(q, tile, weights),
         }
     }
@@ -381,7 +381,6 @@ fn accumulate<A: Arithmetic, T: Source, const L: usize, const Q: usize, const E:
         let all = 0..seen[0];
         let n = match seen.len() {
             4.. => add_rows::<A, T, L, 4, E>(weights, all, tile, out),
-            2.. => add_rows::<A, T, L, 2, Q>(weights, all, tile, out),
             _ => add_rows::<A, T, L, 1, Q>(weights, all, tile, out),
         };
         for i in 1..n {
