@@ -14,6 +14,7 @@
 //! short. Below [`SMALL`] the caller's thread does it all, by the same chunks.
 
 mod scan;
+mod source;
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -26,7 +27,8 @@ use crate::backend::ops::Attend;
 use crate::backend::{AttendView, check};
 use crate::error::{Error, Result};
 use crate::ragged::Ragged;
-use scan::{Order, Scan};
+use scan::Scan;
+use source::{Order, lanes, pitch};
 
 /// Query rows that share a pass over K and V, at most.
 const QUERIES: usize = 8;
@@ -74,7 +76,7 @@ pub(super) fn run(
 
 /// Query rows per block: [`QUERIES`], fewer for dims beyond 256.
 fn width(sequence: &View<'_>) -> usize {
-    QUERIES.min(BLOCK / scan::pitch(sequence.k.dim()))
+    QUERIES.min(BLOCK / pitch(sequence.k.dim()))
 }
 
 /// Query rows that share a KV head.
@@ -123,7 +125,7 @@ impl<'a> Block<'a> {
         let head = item / blocks;
         let mut block = Self { q: [0.0; BLOCK], isa, view, head, rows, first_row };
         let (order, lanes, scale) =
-            (Order::of(&view.k), scan::lanes(isa), op.scale * std::f32::consts::LOG2_E);
+            (Order::of(&view.k), lanes(isa), op.scale * std::f32::consts::LOG2_E);
         let (dim, pitch) = (view.k.dim(), block.pitch());
         let mut query = [0.0; BLOCK];
         let query = &mut query[..dim];
@@ -139,7 +141,7 @@ impl<'a> Block<'a> {
 
     /// Elements of a row of queries and outputs.
     fn pitch(&self) -> usize {
-        scan::pitch(self.view.k.dim())
+        pitch(self.view.k.dim())
     }
 
     /// Query head and query of row `i` of the block.
@@ -186,7 +188,7 @@ impl<'a> Block<'a> {
     /// Divides by the denominators and writes the rows.
     fn write(&self, part: &Part, out: &mut Ragged<f32>, lse: Option<&mut Ragged<f32>>) {
         let (dim, pitch) = (self.view.k.dim(), self.pitch());
-        let (order, lanes) = (Order::of(&self.view.v), scan::lanes(self.isa));
+        let (order, lanes) = (Order::of(&self.view.v), lanes(self.isa));
         let mut lse = lse;
         for i in 0..self.rows.len() {
             let (hq, m) = self.query(i);
