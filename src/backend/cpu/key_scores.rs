@@ -7,28 +7,73 @@
 //! dot products of f32 elements are summed in f64, which costs nothing here and cannot overflow. Tiles have a
 //! fixed size and the mean joins them in slot order.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
-use super::HostLayer;
-use super::tile::{self, simd};
+use super::tile::{self, Arithmetic, Isa, Kernel};
+use super::{HostLayer, HostSlice};
 use crate::backend::check;
 use crate::backend::ops::Positional;
 use crate::error::Result;
 use crate::ragged::Ragged;
 
-/// Slots per task.
-const TILE: usize = 512;
+/// Slots per task: widened, they stay in L1.
+const TILE: usize = 64;
 /// Smallest norm of a cosine, as in torch's `cosine_similarity`.
 const COSINE_EPS: f64 = 1e-8;
 /// Smallest norm that makes a unit key, as in torch's `normalize`.
 const UNIT_EPS: f64 = 1e-12;
 
-/// Calls `score(segment, keys, scores)` for each tile.
-fn for_each_tile(
-    layers: &[HostLayer<'_>],
-    out: &mut Ragged<f32>,
-    score: impl Fn(usize, &[f32], &mut [f32]) + Sync,
-) {
+/// Scores of a tile's keys.
+trait Score: Copy + Sync {
+    /// In one of the segments.
+    fn score(self, segment: usize, key: &[f32]) -> f32;
+}
+
+/// A tile's work.
+struct Tile<'a, S> {
+    score: S,
+    segment: usize,
+    rows: Keys<'a>,
+    out: &'a mut [f32],
+}
+
+impl<S: Score> Kernel for Tile<'_, S> {
+    type Output = ();
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        let Self { score, segment, rows, out } = self;
+        let dim = rows.layer.shape().head_dim();
+        for (key, out) in rows.read().chunks_exact(dim).zip(out) {
+            *out = score.score(segment, key);
+        }
+    }
+}
+
+/// Slots whose keys are read by a kernel.
+struct Keys<'a> {
+    layer: &'a HostLayer<'a>,
+    head: usize,
+    slots: Range<usize>,
+    scratch: &'a mut Vec<f32>,
+}
+
+impl<'a> Keys<'a> {
+    /// As f32.
+    #[inline(always)]
+    fn read(self) -> &'a [f32] {
+        let (keys, dim) = (self.layer.k(), self.layer.k().dim());
+        self.scratch.resize(self.slots.len() * dim, 0.0);
+        if let HostSlice::F32(_) = keys.storage() {
+            return tile::f32_rows(keys, self.head, self.slots, self.scratch);
+        }
+        tile::widen_apart(keys, self.head, self.slots, dim, self.scratch);
+        self.scratch
+    }
+}
+
+fn for_each_tile(isa: Isa, layers: &[HostLayer<'_>], out: &mut Ragged<f32>, score: impl Score) {
     let tasks: Vec<_> = tile::segments(layers)
         .zip(out.rows_mut())
         .enumerate()
@@ -37,49 +82,63 @@ fn for_each_tile(
             tiles.map(move |(i, out)| (s, layer, head, i * TILE, out))
         })
         .collect();
-    tasks.into_par_iter().for_each_init(Vec::new, |keys, (s, layer, head, start, out)| {
-        keys.resize(out.len() * layer.shape().head_dim(), 0.0);
-        tile::widen_rows(layer.k(), head, start..start + out.len(), keys);
-        score(s, keys, out);
+    tasks.into_par_iter().for_each_init(Vec::new, |scratch, (segment, layer, head, start, out)| {
+        let rows = Keys { layer, head, slots: start..start + out.len(), scratch };
+        isa.run(Tile { score, segment, rows, out });
     });
 }
 
-pub(super) fn key_norm(layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
+pub(super) fn key_norm(isa: Isa, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
+    #[derive(Clone, Copy)]
+    struct Norm;
+    impl Score for Norm {
+        #[inline(always)]
+        fn score(self, _: usize, key: &[f32]) -> f32 {
+            -dot(key, key).sqrt() as f32
+        }
+    }
     check::segments(layers, out)?;
-    for_each_tile(layers, out, |_, keys, out| {
-        let dim = keys.len() / out.len();
-        simd(
-            #[inline(always)]
-            || {
-                for (key, out) in keys.chunks_exact(dim).zip(out) {
-                    *out = -dot(key, key).sqrt() as f32;
-                }
-            },
-        );
-    });
+    for_each_tile(isa, layers, out, Norm);
     Ok(())
 }
 
-pub(super) fn key_diff(layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
+pub(super) fn key_diff(isa: Isa, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
+    /// Means of the segments' unit keys, and their norms.
+    #[derive(Clone, Copy)]
+    struct Cosine<'a>(&'a [(Vec<f32>, f64)]);
+    impl Score for Cosine<'_> {
+        #[inline(always)]
+        fn score(self, segment: usize, key: &[f32]) -> f32 {
+            let (mean, norm) = &self.0[segment];
+            let norms = clamp(dot(key, key).sqrt(), COSINE_EPS) * norm;
+            -(dot(key, mean) / norms) as f32
+        }
+    }
     check::segments(layers, out)?;
-    let means = unit_key_means(layers);
-    for_each_tile(layers, out, |s, keys, out| {
-        let (mean, norm) = &means[s];
-        simd(
-            #[inline(always)]
-            || {
-                for (key, out) in keys.chunks_exact(mean.len()).zip(out) {
-                    let norms = clamp(dot(key, key).sqrt(), COSINE_EPS) * norm;
-                    *out = -(dot(key, mean) / norms) as f32;
-                }
-            },
-        );
-    });
+    for_each_tile(isa, layers, out, Cosine(&unit_key_means(isa, layers)));
     Ok(())
+}
+
+/// Sum of a tile's unit keys.
+struct UnitSum<'a> {
+    rows: Keys<'a>,
+    sums: &'a mut [f64],
+}
+
+impl Kernel for UnitSum<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        let Self { rows, sums } = self;
+        for key in rows.read().chunks_exact(sums.len()) {
+            let factor = 1.0 / clamp(dot(key, key).sqrt(), UNIT_EPS);
+            sums.iter_mut().zip(key).for_each(|(sum, &x)| *sum += f64::from(x) * factor);
+        }
+    }
 }
 
 /// Mean of the unit keys of each segment, rounded to f32, and its norm.
-fn unit_key_means(layers: &[HostLayer<'_>]) -> Vec<(Vec<f32>, f64)> {
+fn unit_key_means(isa: Isa, layers: &[HostLayer<'_>]) -> Vec<(Vec<f32>, f64)> {
     let tasks: Vec<_> = tile::segments(layers)
         .enumerate()
         .flat_map(|(s, (layer, head))| {
@@ -89,23 +148,11 @@ fn unit_key_means(layers: &[HostLayer<'_>]) -> Vec<(Vec<f32>, f64)> {
         .collect();
     let parts: Vec<Vec<f64>> = tasks
         .par_iter()
-        .map_init(Vec::new, |keys, &(_, layer, head, start)| {
-            let dim = layer.shape().head_dim();
+        .map_init(Vec::new, |scratch, &(_, layer, head, start)| {
             let end = layer.k().len(head).min(start + TILE);
-            keys.resize((end - start) * dim, 0f32);
-            tile::widen_rows(layer.k(), head, start..end, keys);
-            let mut sums = vec![0f64; dim];
-            simd(
-                #[inline(always)]
-                || {
-                    for key in keys.chunks_exact(dim) {
-                        let factor = 1.0 / clamp(dot(key, key).sqrt(), UNIT_EPS);
-                        sums.iter_mut()
-                            .zip(key)
-                            .for_each(|(sum, &x)| *sum += f64::from(x) * factor);
-                    }
-                },
-            );
+            let rows = Keys { layer, head, slots: start..end, scratch };
+            let mut sums = vec![0f64; layer.shape().head_dim()];
+            isa.run(UnitSum { rows, sums: &mut sums });
             sums
         })
         .collect();

@@ -13,14 +13,19 @@ use rayon::prelude::*;
 
 use super::HostLayer;
 use super::HostSlice;
-use super::tile::{self, simd};
+use super::tile::{self, Arithmetic, Isa, Kernel};
 use crate::backend::check;
 use crate::backend::ops::Lag;
 use crate::error::Result;
 use crate::ragged::Ragged;
 use crate::view::Rows;
 
-pub(super) fn run(op: &Lag, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
+pub(super) fn run(
+    isa: Isa,
+    op: &Lag,
+    layers: &[HostLayer<'_>],
+    out: &mut Ragged<f32>,
+) -> Result<()> {
     check::lag(op, layers, out)?;
     let (sinks, lag) = (op.sinks as usize, op.lag as usize);
     let mut tasks = Vec::new();
@@ -39,7 +44,7 @@ pub(super) fn run(op: &Lag, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> 
         tasks.extend(partitions.map(|(i, out)| (layer, head, sinks + i * lag, out)));
     }
     tasks.into_par_iter().for_each_init(Scratch::default, |scratch, (layer, head, start, out)| {
-        scratch.score(op, layer, head, start, out);
+        scratch.score(isa, op, layer, head, start, out);
     });
     Ok(())
 }
@@ -60,6 +65,7 @@ struct Scratch {
 impl Scratch {
     fn score(
         &mut self,
+        isa: Isa,
         op: &Lag,
         layer: &HostLayer<'_>,
         head: usize,
@@ -68,8 +74,8 @@ impl Scratch {
     ) {
         let (mut keys, mut values) =
             (std::mem::take(&mut self.keys), std::mem::take(&mut self.values));
-        self.variation(layer.k(), head, start, out.len(), &mut keys);
-        self.variation(layer.v(), head, start, out.len(), &mut values);
+        self.variation(isa, layer.k(), head, start, out.len(), &mut keys);
+        self.variation(isa, layer.v(), head, start, out.len(), &mut values);
         keys.iter_mut().zip(&values).for_each(|(k, v)| *k = (*k + v) / 2.0);
         out.iter_mut().zip(&keys).for_each(|(out, &k)| *out = k as f32);
         if !op.cross_scoring {
@@ -91,6 +97,7 @@ impl Scratch {
     /// Softmax over the partition of the rows' deviations.
     fn variation(
         &mut self,
+        isa: Isa,
         rows: &Rows<'_, HostSlice<'_>>,
         head: usize,
         start: usize,
@@ -99,32 +106,47 @@ impl Scratch {
     ) {
         let dim = rows.dim();
         self.rows.resize(2 * lag * dim, 0.0);
-        tile::widen_rows(rows, head, start..start + 2 * lag, &mut self.rows);
-        let (own, next) = self.rows.split_at(lag * dim);
-        let Self { minima, ranges, scaled, .. } = self;
-        minima.clear();
-        minima.resize(dim, f32::INFINITY);
-        ranges.clear();
-        ranges.resize(dim, f32::NEG_INFINITY);
-        scaled.resize(dim, 0.0);
+        self.minima.clear();
+        self.minima.resize(dim, f32::INFINITY);
+        self.ranges.clear();
+        self.ranges.resize(dim, f32::NEG_INFINITY);
+        self.scaled.resize(dim, 0.0);
         out.clear();
-        simd(
-            #[inline(always)]
-            || {
-                for row in next.chunks_exact(dim) {
-                    minima.iter_mut().zip(row).for_each(|(m, &x)| *m = -tile::max2(-*m, -x));
-                    ranges.iter_mut().zip(row).for_each(|(m, &x)| *m = tile::max2(*m, x));
-                }
-                ranges.iter_mut().zip(minima.iter()).for_each(|(range, &min)| *range -= min);
-                for row in own.chunks_exact(dim) {
-                    out.push(deviation(row, minima, ranges, scaled));
-                }
-            },
-        );
+        isa.run(Deviations { rows, head, start, lag, scratch: self, out });
         let max = out.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         out.iter_mut().for_each(|x| *x = (*x - max).exp());
         let sum: f64 = out.iter().sum();
         out.iter_mut().for_each(|x| *x /= sum);
+    }
+}
+
+/// Deviations of a partition's rows, scaled by its successor.
+struct Deviations<'a> {
+    rows: &'a Rows<'a, HostSlice<'a>>,
+    head: usize,
+    start: usize,
+    lag: usize,
+    scratch: &'a mut Scratch,
+    out: &'a mut Vec<f64>,
+}
+
+impl Kernel for Deviations<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        let Self { rows: source, head, start, lag, scratch, out } = self;
+        let Scratch { rows, minima, ranges, scaled, .. } = scratch;
+        let dim = source.dim();
+        tile::widen_apart(source, head, start..start + 2 * lag, dim, rows);
+        let (own, next) = rows.split_at(lag * dim);
+        for row in next.chunks_exact(dim) {
+            minima.iter_mut().zip(row).for_each(|(m, &x)| *m = -tile::max2(-*m, -x));
+            ranges.iter_mut().zip(row).for_each(|(m, &x)| *m = tile::max2(*m, x));
+        }
+        ranges.iter_mut().zip(minima.iter()).for_each(|(range, &min)| *range -= min);
+        for row in own.chunks_exact(dim) {
+            out.push(deviation(row, minima, ranges, scaled));
+        }
     }
 }
 

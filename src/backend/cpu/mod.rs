@@ -156,13 +156,13 @@ impl Backend for Cpu {
         self.run(|| rows::scale_norms(op, layers, norms))
     }
     fn key_norm(&self, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
-        self.run(|| key_scores::key_norm(layers, out))
+        self.run(|| key_scores::key_norm(self.isa, layers, out))
     }
     fn key_diff(&self, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
-        self.run(|| key_scores::key_diff(layers, out))
+        self.run(|| key_scores::key_diff(self.isa, layers, out))
     }
     fn lag(&self, op: &Lag, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
-        self.run(|| lag::run(op, layers, out))
+        self.run(|| lag::run(self.isa, op, layers, out))
     }
     fn positional(
         &self,
@@ -223,6 +223,6 @@ impl Backend for Cpu {
         out: &mut Ragged<f32>,
         lse: Option<&mut Ragged<f32>>,
     ) -> Result<()> {
-        self.run(|| attend::run(op, sequences, out, lse))
+        self.run(|| attend::run(self.isa, op, sequences, out, lse))
     }
 }

@@ -9,6 +9,7 @@
 use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
+use half::{bf16, f16};
 
 use super::isa::LANES;
 use super::{HostLayer, HostSlice};
@@ -271,4 +272,132 @@ pub(super) fn max(x: &[f32]) -> f32 {
         *lane = max2(*lane, x);
     }
     lanes.into_iter().fold(f32::NEG_INFINITY, max2)
+}
+
+/// `out[i] = Σ x[i]`: the lanes of as many vectors as one has lanes. Added by halves, whatever the vector's place.
+#[inline(always)]
+pub(super) fn folds<const L: usize>(x: &[[f32; L]; L], out: &mut [f32; L]) {
+    #[cfg(target_arch = "x86_64")]
+    if let (Some(x), Some(out)) =
+        (x.as_flattened().as_chunks().0.as_array(), out.as_mut_slice().as_mut_array())
+        && std::arch::is_x86_feature_detected!("avx512f")
+    {
+        #[allow(unsafe_code, reason = "measured: see benches/README.md")]
+        // SAFETY: the feature was detected on the line above; the function asks for nothing else.
+        return unsafe { folds_avx512(x, out) };
+    }
+    for (x, out) in x.iter().zip(out) {
+        let (mut x, mut width) = (*x, L / 2);
+        while width > 0 {
+            for l in 0..width {
+                x[l] += x[l + width];
+            }
+            width /= 2;
+        }
+        *out = x[0];
+    }
+}
+
+/// Of two vectors, halves that belong together are shuffled into one vector each and added: 15 additions for 16 vectors. Loops do
+/// not become this, but hundreds of moves of single lanes.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn folds_avx512(x: &[[f32; 16]; 16], out: &mut [f32; 16]) {
+    use std::arch::x86_64::*;
+    // Where the tree's leaf `i` comes out, and as that is an involution, which vector it has to be.
+    const LEAF: [usize; 16] = [0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15];
+    #[allow(unsafe_code, reason = "measured: see benches/README.md")]
+    // SAFETY: reads the 16 elements of an array.
+    let leaf = |i: usize| unsafe { _mm512_loadu_ps(x[LEAF[i]].as_ptr()) };
+    let mut sums: [__m512; 8] = [_mm512_setzero_ps(); 8];
+    for i in 0..8 {
+        let (a, b) = (leaf(i), leaf(i + 8));
+        sums[i] =
+            _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+    }
+    for i in 0..4 {
+        let (a, b) = (sums[i], sums[i + 4]);
+        sums[i] =
+            _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+    }
+    for i in 0..2 {
+        let (a, b) = (sums[i], sums[i + 2]);
+        sums[i] = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(a, b), _mm512_shuffle_ps::<0xee>(a, b));
+    }
+    let [a, b, ..] = sums;
+    let sum = _mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xdd>(a, b));
+    #[allow(unsafe_code, reason = "measured: see benches/README.md")]
+    // SAFETY: writes the 16 elements of an array.
+    unsafe {
+        _mm512_storeu_ps(out.as_mut_ptr(), sum);
+    }
+}
+
+/// Asks for the cache line of a byte that is read soon.
+#[inline(always)]
+pub(super) fn prefetch(bytes: &[u8], at: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let address = bytes.as_ptr().wrapping_add(at);
+        #[allow(unsafe_code, reason = "measured: see benches/README.md")]
+        // SAFETY: a hint that reads nothing, at any address.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(address.cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (bytes, at);
+}
+
+/// Widens `rows` of a head into rows of `dst`, `pitch` elements apart; for kernels, whose instructions it uses.
+#[inline(always)]
+pub(super) fn widen_apart(
+    src: &Rows<'_, HostSlice<'_>>,
+    head: usize,
+    rows: Range<usize>,
+    pitch: usize,
+    dst: &mut [f32],
+) {
+    let mut to = dst.chunks_exact_mut(pitch);
+    for run in src.runs(head, rows.start, rows.end) {
+        for (i, to) in to.by_ref().take(run.rows).enumerate() {
+            let (row, to) = (run.start + i * run.stride.., &mut to[..src.dim()]);
+            match src.storage() {
+                HostSlice::F32(data) => to.copy_from_slice(&data[row][..to.len()]),
+                HostSlice::F16(data) => widen_f16(&data[row][..to.len()], to),
+                HostSlice::BF16(data) => bf16::widen(&data[row][..to.len()], to),
+            }
+        }
+    }
+}
+
+/// Widens f16 elements.
+#[inline(always)]
+fn widen_f16(src: &[f16], dst: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx512f") {
+        #[allow(unsafe_code, reason = "measured: see benches/README.md")]
+        // SAFETY: the feature was detected on the line above; the function asks for nothing else.
+        return unsafe { widen_f16_avx512(src, dst) };
+    }
+    f16::widen(src, dst);
+}
+
+/// 16 at a time; `half` converts 8 and looks up what the machine has for each.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn widen_f16_avx512(src: &[f16], dst: &mut [f32]) {
+    use std::arch::x86_64::{__m256i, _mm512_cvtph_ps, _mm512_storeu_ps};
+    let (src, src_rest) = src.as_chunks::<16>();
+    let (dst, dst_rest) = dst.as_chunks_mut::<16>();
+    for (src, dst) in src.iter().zip(dst) {
+        #[allow(unsafe_code, reason = "measured: see benches/README.md")]
+        // SAFETY: reads and writes the 16 elements of an array each.
+        unsafe {
+            let x = src.as_ptr().cast::<__m256i>().read_unaligned();
+            _mm512_storeu_ps(dst.as_mut_ptr(), _mm512_cvtph_ps(x));
+        }
+    }
+    f16::widen(src_rest, dst_rest);
 }
