@@ -39,10 +39,10 @@ impl FlatCache {
         Self::build(&Source::new(view, kept)?, slack)
     }
 
-    /// [`Self::gather`] into this cache's memory, of which there is more only where that is not enough: new memory costs
-    /// more than the copy. What the cache held is forgotten; after an error it is as it was.
+    /// [`Self::gather`] into the memory of a cache that is done with, as far as it reaches: on first use the pages of new
+    /// memory cost several times the copy. Rows beyond [`Self::bytes_reserved`] stay allocated: [`Self::repack`] frees them.
     ///
-    /// Errors: those of [`Self::gather`].
+    /// Errors: those of [`Self::gather`], after which the cache is as it was.
     pub fn regather(
         &mut self,
         view: &HostLayer<'_>,

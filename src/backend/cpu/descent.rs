@@ -127,16 +127,16 @@ impl<'a> Descent<'a> {
         let isa = self.isa;
         let mut histograms =
             vec![Histogram { bins: [0; BINS], groups: [0; GROUPS] }; self.rows.len()];
-        for (shift, _) in DIGITS {
+        for (digit, (shift, _)) in DIGITS.into_iter().enumerate() {
             let least = rows_per_task(&self.rows);
             let rows = self.rows.par_iter().zip(&mut histograms).with_min_len(least);
-            rows.for_each(|(keys, out)| isa.run(Count { keys, shift, out }));
+            rows.for_each(|(keys, out)| isa.run(Count { keys, digit, out }));
 
             let group = self.step(GROUPS, |row, group| histograms[row].groups[group], &reached);
             let bin = |i: usize| group * GROUP + i;
-            let digit = bin(self.step(GROUP, |row, i| histograms[row].bins[bin(i)], &reached));
-            self.cut |= (digit as u32) << shift;
-            self.equal.iter_mut().zip(&histograms).for_each(|(n, h)| *n = h.bins[digit].into());
+            let found = bin(self.step(GROUP, |row, i| histograms[row].bins[bin(i)], &reached));
+            self.cut |= (found as u32) << shift;
+            self.equal.iter_mut().zip(&histograms).for_each(|(n, h)| *n = h.bins[found].into());
             if shift == 0 {
                 break;
             }
@@ -234,7 +234,8 @@ impl<F: FnMut(usize, &[u32])> Kernel for Blocks<'_, F> {
 /// Fills a histogram.
 struct Count<'a, 'b> {
     keys: &'a Keys<'b>,
-    shift: u32,
+    /// Which of [`DIGITS`].
+    digit: usize,
     out: &'a mut Histogram,
 }
 
@@ -243,16 +244,16 @@ impl Kernel for Count<'_, '_> {
     #[inline(always)]
     fn run<A: Arithmetic>(self) {
         // Constants, so that the shifts are.
-        match self.shift {
-            21 => self.count::<21, 11>(),
-            10 => self.count::<10, 11>(),
-            _ => self.count::<0, 10>(),
+        match self.digit {
+            0 => self.count::<{ DIGITS[0].0 }, { DIGITS[0].1 }>(),
+            1 => self.count::<{ DIGITS[1].0 }, { DIGITS[1].1 }>(),
+            _ => self.count::<{ DIGITS[2].0 }, { DIGITS[2].1 }>(),
         }
     }
 }
 
 /// Bins of one copy. The distance is no multiple of 4 KB, or loads would wait for stores to the same bin of another copy.
-type Copy = [u32; BINS + LANES];
+type Bins = [u32; BINS + LANES];
 
 impl Count<'_, '_> {
     #[inline(always)]
@@ -268,7 +269,7 @@ impl Count<'_, '_> {
                 keys.iter().for_each(|&k| bins[digit::<SHIFT, BITS>(k)] += 1);
             }
             keys => {
-                let mut copies: [Copy; 4] = [[0; BINS + LANES]; 4];
+                let mut copies: [Bins; 4] = [[0; BINS + LANES]; 4];
                 match keys {
                     Keys::All(row) => row.blocks(|_, k| count::<SHIFT, BITS>(k, &mut copies)),
                     Keys::Some(keys) => count::<SHIFT, BITS>(keys, &mut copies),
@@ -293,7 +294,7 @@ fn digit<const SHIFT: u32, const BITS: u32>(key: u32) -> usize {
 
 /// Counts digits, by turns in one of four copies: equal keys would wait for each other's counter.
 #[inline(always)]
-fn count<const SHIFT: u32, const BITS: u32>(keys: &[u32], [a, b, c, d]: &mut [Copy; 4]) {
+fn count<const SHIFT: u32, const BITS: u32>(keys: &[u32], [a, b, c, d]: &mut [Bins; 4]) {
     let (chunks, rest) = keys.as_chunks();
     for &[k, l, m, n] in chunks {
         a[digit::<SHIFT, BITS>(k)] += 1;

@@ -404,17 +404,22 @@ pub(super) fn compress(
     out: &mut Kept,
 ) -> usize {
     assert!(keys.len() <= BLOCK && keys.len() <= values.len(), "a block of keys");
-    let mut done = (0, 0);
     #[cfg(target_arch = "x86_64")]
-    if isa.min(Isa::best()) >= Isa::Avx512 && std::arch::is_x86_feature_detected!("popcnt") {
+    let fast = isa.min(Isa::best()) >= Isa::Avx512 && std::arch::is_x86_feature_detected!("popcnt");
+    #[cfg(target_arch = "x86_64")]
+    let (start, mut next) = if fast {
         #[allow(unsafe_code, reason = "measured: see benches/README.md")]
-        // SAFETY: the machine has the features; blocks and `out` are as long as asked for by the assertion.
+        // SAFETY: the machine has the features; blocks are as long as asked for by the assertion.
         let kept = unsafe { compress_avx512(keys, (low, width), values, out) };
-        done = (keys.len() / LANES * LANES, kept);
-    }
+        (keys.len() / LANES * LANES, kept)
+    } else {
+        (0, 0)
+    };
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = isa;
-    let (start, mut next) = done;
+    let (start, mut next) = {
+        let _ = isa;
+        (0, 0)
+    };
     for (&key, &value) in keys[start..].iter().zip(&values[start..]) {
         // No branch depends on a key; fewer than a block are kept before the last one, so the mask changes nothing.
         out[next & (BLOCK - 1)] = value;

@@ -52,6 +52,7 @@ pub(super) fn run(
     Ok(if least < segments.len() { rayon::scope(|_| select()) } else { select() })
 }
 
+/// Rows of scores, to be checked.
 struct Scores<'a>(&'a [&'a [f32]]);
 
 impl Lens for Scores<'_> {
@@ -75,7 +76,7 @@ impl Cut {
         if out.is_empty() {
             return;
         }
-        /// Of a block.
+        /// The slots of the first block.
         static SLOTS: [u32; BLOCK] = {
             let mut slots = [0; BLOCK];
             let mut i = 0;
