@@ -1,7 +1,7 @@
 //! Compaction of one layer: what share of the machine's copy bandwidth it reaches.
 //!
-//! Each case is verified once against a loop over rows, then timed, flat and paged: `gather` (out of place)
-//! and `compact` (in place). Beside them `memcpy` copies as many bytes, by all threads, between warm
+//! Each case is verified once against a loop over rows, then timed, flat and paged: `gather` (out of place),
+//! `regather` (the same into memory that is there) and `compact` (in place). Beside them `memcpy` copies as many bytes, by all threads, between warm
 //! buffers, which bounds all, and to new memory, which bounds `gather flat`: its pages fault, those of a
 //! pool do not. Bytes count once read, once written. Kept positions are scattered at random, so that most
 //! moves are of single rows: the worst case. Around one base case, one axis varies at a time.
@@ -139,6 +139,10 @@ fn bench(c: &mut Criterion, case: Case) {
     group.bench_function("gather flat", |b| {
         b.iter_with_large_drop(|| FlatCache::gather(&view, black_box(&kept), 0));
     });
+    group.bench_function("regather flat", |b| {
+        let mut cache = FlatCache::gather(&view, &kept, 0).expect("valid");
+        b.iter(|| cache.regather(&view, black_box(&kept), 0));
+    });
     group.bench_function("gather paged", |b| {
         // Giving the pages back is timed too: a bit each.
         b.iter(|| {
@@ -169,7 +173,59 @@ fn bench(c: &mut Criterion, case: Case) {
     group.finish();
 }
 
+/// One token to each of 8 heads, in caches of different lengths: the time is the same.
+fn append(c: &mut Criterion) {
+    const HEADS: u32 = 8;
+    const ROOM: u32 = 4096;
+    let mut group = c.benchmark_group("append one token");
+    for tokens in [1 << 10, 8 << 10, 64 << 10] {
+        let shape = LayerShape::new(HEADS, HEADS, DIM).expect("valid");
+        let data = vec![f16::ONE; (tokens * HEADS * DIM) as usize];
+        let rows = |n| Rows::heads_first(HostSlice::F16(&data), HEADS, n, DIM).expect("fits");
+        let (old, new) = (rows(tokens), rows(1));
+        let view = LayerView::new(shape, tokens, old, old).expect("fits");
+        let kept: Ragged<Position> =
+            (0..HEADS).map(|_| (0..tokens).map(Position).collect::<Vec<_>>()).collect();
+        let pages = HEADS * (tokens + ROOM).div_ceil(PAGE);
+        let mut pool = PagePool::new(view.k().dtype(), DIM, PAGE, pages).expect("memory");
+        let mut flat = FlatCache::gather(&view, &kept, ROOM).expect("valid");
+        let mut paged = PagedCache::gather(&mut pool, &view, &kept, ROOM).expect("pages");
+        // Full caches are thinned to what they began with, which is not timed.
+        group.bench_function(format!("flat T={tokens}"), |b| {
+            b.iter_custom(|rounds| {
+                let mut time = std::time::Duration::ZERO;
+                for first in (0..rounds).step_by(ROOM as usize) {
+                    let start = std::time::Instant::now();
+                    for _ in first..rounds.min(first + u64::from(ROOM)) {
+                        flat.append(black_box(&new), &new).expect("room");
+                    }
+                    time += start.elapsed();
+                    flat.compact(&kept).expect("held");
+                }
+                time
+            });
+        });
+        group.bench_function(format!("paged T={tokens}"), |b| {
+            b.iter_custom(|rounds| {
+                let mut time = std::time::Duration::ZERO;
+                for first in (0..rounds).step_by(ROOM as usize) {
+                    let start = std::time::Instant::now();
+                    for _ in first..rounds.min(first + u64::from(ROOM)) {
+                        paged.append(&mut pool, black_box(&new), &new).expect("room");
+                    }
+                    time += start.elapsed();
+                    paged.compact(&mut pool, &kept).expect("held");
+                }
+                time
+            });
+        });
+        paged.release(&mut pool).expect("its pool");
+    }
+    group.finish();
+}
+
 fn compaction(c: &mut Criterion) {
+    append(c);
     for case in CASES {
         bench(c, case);
     }

@@ -1,52 +1,113 @@
 //! One tensor of a cache, `[rows, dim]`, in memory of its own.
 //!
-//! Rows are moved as bytes, so the code is one for all dtypes. The bytes live in 4-byte words: aligned for
-//! every dtype, and zeroed by the allocator, which touches no page before a row is written to it.
+//! Rows are moved as bytes, so the code is one for all dtypes. Memory is zeroed by the system, which touches no page
+//! before a row is written to it. Large tensors are asked for in huge pages: of small ones, the first write to
+//! each costs more than all that is copied there.
 
 use std::hint::black_box;
+
+use memmap2::MmapMut;
 
 use crate::backend::cpu::HostSlice;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::view::Rows;
 
+/// Bytes from which a tensor is mapped. Huge pages have 2 MB, the last of which is used in part.
+const MAPPED_BYTES: u128 = 4 << 20;
+
 /// Rows of `dim` elements.
 pub(super) struct Buffer {
-    words: Vec<u32>,
+    memory: Memory,
     elements: usize,
     dtype: Dtype,
 }
 
+/// Aligned for every dtype.
+enum Memory {
+    Words(Vec<u32>),
+    Mapped(MmapMut),
+}
+
+impl Memory {
+    /// More than the system gives is an error.
+    fn zeroed(bytes: u128) -> Result<Self> {
+        const WHAT: &str = "bytes of a cache tensor";
+        if bytes < MAPPED_BYTES {
+            // `vec!` aborts where the allocator refuses, so ask before. Opaque, or the question is optimised away.
+            let words = black_box(reserved::<u32>(WHAT, bytes.div_ceil(4))?).capacity();
+            return Ok(Self::Words(vec![0; words]));
+        }
+        let map = usize::try_from(bytes).ok().and_then(|bytes| MmapMut::map_anon(bytes).ok());
+        let refused =
+            Error::OutOfMemory { what: WHAT, bytes: u64::try_from(bytes).unwrap_or(u64::MAX) };
+        let map = map.ok_or(refused)?;
+        // Advice: where it is not taken, pages are small.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        Ok(Self::Mapped(map))
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Words(words) => bytemuck::cast_slice(words),
+            Self::Mapped(map) => map,
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Words(words) => bytemuck::cast_slice_mut(words),
+            Self::Mapped(map) => map,
+        }
+    }
+}
+
 impl Buffer {
-    /// `rows` rows of zeros. More than the allocator gives is an error.
+    /// `rows` rows of zeros. More than the system gives is an error.
     pub(super) fn zeroed(dtype: Dtype, dim: u32, rows: u64) -> Result<Self> {
-        let elements = u128::from(rows) * u128::from(dim);
-        let words = (elements * dtype.size() as u128).div_ceil(4);
-        // `vec!` aborts where the allocator refuses, so ask before. Opaque, or the question is optimised away.
-        let words = black_box(reserved::<u32>("words of a cache tensor", words)?).capacity();
-        Ok(Self { words: vec![0; words], elements: elements as usize, dtype })
+        let memory = Memory::zeroed(bytes(dtype, dim, rows))?;
+        Ok(Self { memory, elements: rows as usize * dim as usize, dtype })
+    }
+
+    /// Memory for so many rows in place of this one's; none if this one's is enough.
+    pub(super) fn grown(&self, (dtype, dim, rows): (Dtype, u32, u64)) -> Result<Option<Self>> {
+        match bytes(dtype, dim, rows) > self.memory.bytes().len() as u128 {
+            true => Self::zeroed(dtype, dim, rows).map(Some),
+            false => Ok(None),
+        }
+    }
+
+    /// Becomes that many rows, for which there is memory; they hold what they happen to.
+    pub(super) fn reshape(&mut self, (dtype, dim, rows): (Dtype, u32, u64)) {
+        (self.dtype, self.elements) = (dtype, rows as usize * dim as usize);
     }
 
     /// The elements, typed.
     pub(super) fn storage(&self) -> HostSlice<'_> {
-        let n = self.elements;
+        let bytes = &self.memory.bytes()[..self.len()];
         match self.dtype {
-            Dtype::F32 => HostSlice::F32(&bytemuck::cast_slice(&self.words)[..n]),
-            Dtype::F16 => HostSlice::F16(&bytemuck::cast_slice(&self.words)[..n]),
-            Dtype::BF16 => HostSlice::BF16(&bytemuck::cast_slice(&self.words)[..n]),
+            Dtype::F32 => HostSlice::F32(bytemuck::cast_slice(bytes)),
+            Dtype::F16 => HostSlice::F16(bytemuck::cast_slice(bytes)),
+            Dtype::BF16 => HostSlice::BF16(bytemuck::cast_slice(bytes)),
         }
     }
 
     /// The elements as bytes, to write.
     pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
-        let len = self.elements * self.dtype.size();
-        &mut bytemuck::cast_slice_mut(&mut self.words)[..len]
+        let len = self.len();
+        &mut self.memory.bytes_mut()[..len]
     }
 
     /// Bytes of all rows.
     pub(super) fn len(&self) -> usize {
         self.elements * self.dtype.size()
     }
+}
+
+/// Bytes that so many rows take.
+fn bytes(dtype: Dtype, dim: u32, rows: u64) -> u128 {
+    u128::from(rows) * u128::from(dim) * dtype.size() as u128
 }
 
 // Gigabytes of rows help nobody in a log.
@@ -92,5 +153,34 @@ fn bytes_of(slice: HostSlice<'_>) -> &[u8] {
         HostSlice::F32(s) => bytemuck::cast_slice(s),
         HostSlice::F16(s) => bytemuck::cast_slice(s),
         HostSlice::BF16(s) => bytemuck::cast_slice(s),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_of_either_kind_is_zero_and_keeps_what_is_written() {
+        let rows = MAPPED_BYTES as u64 / 4;
+        for rows in [0, 1, rows - 1, rows, rows + 1] {
+            let mut buffer = Buffer::zeroed(Dtype::F32, 1, rows).unwrap();
+            assert!(matches!(buffer.storage(), HostSlice::F32(x) if x.iter().all(|&x| x == 0.0)));
+            assert_eq!(matches!(buffer.memory, Memory::Mapped(_)), rows * 4 >= MAPPED_BYTES as u64);
+            buffer.bytes_mut().fill(1);
+            let one = f32::from_bits(0x0101_0101);
+            assert!(matches!(buffer.storage(), HostSlice::F32(x) if x == vec![one; rows as usize]));
+            // Half as large, it fits where it is; twice as large, it does not.
+            assert!(buffer.grown((Dtype::BF16, 1, rows)).unwrap().is_none());
+            assert!(buffer.grown((Dtype::F32, 2, rows + 1)).unwrap().is_some());
+        }
+    }
+
+    #[test]
+    fn memory_that_nobody_has_is_refused() {
+        for rows in [1 << 50, u64::MAX] {
+            let refused = Buffer::zeroed(Dtype::F32, u32::MAX, rows);
+            assert!(matches!(refused, Err(Error::OutOfMemory { .. })), "{rows}");
+        }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! [`FlatCache`] holds the rows of all KV heads back to back, `[Σ capacity(h), D]`, as variable-length
 //! attention reads them. [`PagedCache`] holds pages of `[P, D]` rows per head, out of a [`PagePool`] that
-//! many layers and sequences share. Both are filled by `gather` (out of place, from any borrowed layout),
+//! many layers and sequences share. Both are filled by `gather` (out of place, from any borrowed layout; `regather` into memory that is there),
 //! thinned by `compact` (in place), extended by `append`, and lent for scoring and attention by `view` and
 //! `attend_view`. A batch holds many of them.
 //!

@@ -50,6 +50,7 @@ fn bad_kept_positions_change_nothing() {
         (ragged(&[&[u32::MAX], &[]]), missing(0, u32::MAX)),
     ];
     let (shape, mut flat, mut paged, mut pool) = small();
+    let (_, mut other, ..) = small();
     let seen = (see_flat(shape, &flat), see_paged(shape, &paged, &pool), free_list(&pool));
     for (kept, error) in cases {
         assert_eq!(flat.compact(&kept).unwrap_err(), error);
@@ -58,10 +59,15 @@ fn bad_kept_positions_change_nothing() {
             FlatCache::gather(&flat.view(shape.layer()).unwrap(), &kept, 0).unwrap_err(),
             error
         );
+        assert_eq!(
+            other.regather(&flat.view(shape.layer()).unwrap(), &kept, 0).unwrap_err(),
+            error
+        );
         let lent = flat.view(shape.layer()).unwrap();
         assert_eq!(PagedCache::gather(&mut pool, &lent, &kept, 0).unwrap_err(), error);
         let now = (see_flat(shape, &flat), see_paged(shape, &paged, &pool), free_list(&pool));
         assert_eq!(now, seen);
+        assert_eq!(see_flat(shape, &other), seen.0);
     }
     // A dense layer holds what it is long, not what the sequence is.
     let short = Model::fresh(shape, 0, 3);

@@ -152,15 +152,15 @@ fn apply(shape: Shape, seq: &mut Sequence, pool: &mut PagePool, step: &Step) {
             let view = lent.view(shape);
             seq.model.keep(&kept);
             let capacity: Vec<u32> = seq.model.lens().iter().map(|n| n + slack).collect();
-            // From its own rows in place of a foreign layout, half of the time.
+            // From its own rows in place of a foreign layout, and into memory that is there, half of the time each.
             let own = see_paged(shape, &seq.paged, pool);
-            let flat = match seed % 2 {
-                0 => FlatCache::gather(&view, &kept, *slack),
-                _ => {
-                    let own = seq.paged.view(pool, shape.layer()).unwrap();
-                    FlatCache::gather(&own, &kept, *slack)
-                }
-            };
+            let paged = seq.paged.view(pool, shape.layer()).unwrap();
+            let from = if seed % 2 == 0 { &view } else { &paged };
+            match seed % 4 {
+                0 | 1 => seq.flat = FlatCache::gather(from, &kept, *slack).unwrap(),
+                _ => seq.flat.regather(from, &kept, *slack).unwrap(),
+            }
+            seq.capacity[0] = capacity.clone();
             let free = free_list(pool);
             let needed = pages(&seq.model.lens(), pool.page());
             match PagedCache::gather(pool, &view, &kept, *slack) {
@@ -170,7 +170,7 @@ fn apply(shape: Shape, seq: &mut Sequence, pool: &mut PagePool, step: &Step) {
                     seq.paged.release(pool).unwrap();
                     assert_eq!(seq.paged.bytes_reserved(), 0);
                     seq.paged = paged;
-                    seq.capacity[1] = capacity.clone();
+                    seq.capacity[1] = capacity;
                 }
                 Err(error) => {
                     let free = free.len() as u64;
@@ -179,8 +179,6 @@ fn apply(shape: Shape, seq: &mut Sequence, pool: &mut PagePool, step: &Step) {
                     seq.paged.compact(pool, &kept).unwrap();
                 }
             }
-            seq.flat = flat.unwrap();
-            seq.capacity[0] = capacity;
         }
     }
 }

@@ -22,7 +22,8 @@ use std::sync::{Mutex, PoisonError};
 use rayon::prelude::*;
 
 use super::HostSlice;
-use super::tile::{self, Isa};
+use super::isa::Isa;
+use super::tile;
 use crate::backend::ops::Attend;
 use crate::backend::{AttendView, check};
 use crate::error::{Error, Result};

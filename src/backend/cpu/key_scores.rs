@@ -11,7 +11,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::tile::{self, Arithmetic, Isa, Kernel};
+use super::isa::{Arithmetic, Isa, Kernel};
+use super::tile;
 use super::{HostLayer, HostSlice};
 use crate::backend::check;
 use crate::backend::ops::Positional;

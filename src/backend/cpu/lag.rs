@@ -13,7 +13,8 @@ use rayon::prelude::*;
 
 use super::HostLayer;
 use super::HostSlice;
-use super::tile::{self, Arithmetic, Isa, Kernel};
+use super::isa::{Arithmetic, Isa, Kernel};
+use super::tile;
 use crate::backend::check;
 use crate::backend::ops::Lag;
 use crate::error::Result;

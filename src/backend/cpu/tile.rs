@@ -1,18 +1,18 @@
-//! What the tensor operations share: tiles widened to f32, the matrix product, vector code, `exp`.
+//! What the tensor operations share: tiles widened to f32, the matrix product, sums in a fixed order.
 //!
 //! Storage types end here: an operation widens a tile of rows into scratch that stays in L2 and computes
 //! in f32. Widening costs one pass over elements that are then used tens to hundreds of times.
 //!
-//! The only `unsafe` of the CPU backend is in this file and in `amx.rs`: the `gemm` crate takes raw pointers, and a function
-//! compiled for some instructions may only be called where the machine has them.
+//! `unsafe` because the `gemm` crate takes raw pointers; the CPU backend's other `unsafe` is in `amx.rs`, `isa.rs` and
+//! `intrinsics.rs`.
 
 use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
-use half::{bf16, f16};
+use half::bf16;
 
 use super::isa::LANES;
-use super::{HostLayer, HostSlice};
+use super::{HostLayer, HostSlice, intrinsics};
 use crate::dtype::Element;
 use crate::view::Rows;
 
@@ -153,57 +153,6 @@ fn product(
     }
 }
 
-/// Runs `work` compiled for AVX2 where the machine has it. No fused multiply-add, so that the bits are those
-/// of the portable code. `work` and what it calls must be `#[inline(always)]`, or they stay portable code.
-#[inline(always)]
-pub(super) fn simd<R>(work: impl FnOnce() -> R) -> R {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2")]
-        fn avx2<R>(work: impl FnOnce() -> R) -> R {
-            work()
-        }
-        if std::arch::is_x86_feature_detected!("avx2") {
-            #[allow(unsafe_code, reason = "measured: see benches/attention.rs")]
-            // SAFETY: the feature was detected on the line above; the function asks for nothing else.
-            return unsafe { avx2(work) };
-        }
-    }
-    work()
-}
-
-/// `eˣ` to about one ulp, without a call, so that loops over it vectorise (libm's is a call per element
-/// and would cost more than the matrix product). Below e^-87.3, the last normal f32, it is 0; NaN stays NaN.
-#[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
-    const LOW: f32 = -87.336_54;
-    const HIGH: f32 = 88.722_83;
-    // 1.5 · 2²³: adding it rounds to an integer, which then sits in the low mantissa bits.
-    const ROUND: f32 = 12_582_912.0;
-    const LN_2_HIGH: f32 = 0.693_359_4;
-    const LN_2_LOW: f32 = -2.121_944_4e-4;
-    // Written so that NaN passes both.
-    let c = if x < LOW { LOW } else { x };
-    let c = if c > HIGH { HIGH } else { c };
-    let t = c * std::f32::consts::LOG2_E + ROUND;
-    let n = t - ROUND;
-    let r = c - n * LN_2_HIGH - n * LN_2_LOW;
-    // Cephes expf: a minimax polynomial on |r| <= ln 2 / 2.
-    let p = 1.987_569_1e-4;
-    let p = p * r + 1.398_199_9e-3;
-    let p = p * r + 8.333_452e-3;
-    let p = p * r + 4.166_579_6e-2;
-    let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 0.5;
-    let p = p * r * r + r + 1.0;
-    // n reaches 128 at the top: 2ⁿ in two factors.
-    let n = (t.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
-    let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
-    let y = p * power(n >> 1) * power(n.wrapping_sub(n >> 1));
-    let y = if x < LOW { 0.0 } else { y };
-    if x > HIGH { f32::INFINITY } else { y }
-}
-
 /// As many f32 as a cache line holds.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
@@ -258,98 +207,6 @@ pub(super) fn max2(a: f32, b: f32) -> f32 {
     if b > a || b.is_nan() { b } else { a }
 }
 
-/// Maximum, -∞ for no elements; NaN if one is.
-#[inline(always)]
-pub(super) fn max(x: &[f32]) -> f32 {
-    let (chunks, rest) = x.as_chunks::<LANES>();
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    for chunk in chunks {
-        for l in 0..LANES {
-            lanes[l] = max2(lanes[l], chunk[l]);
-        }
-    }
-    for (lane, &x) in lanes.iter_mut().zip(rest) {
-        *lane = max2(*lane, x);
-    }
-    lanes.into_iter().fold(f32::NEG_INFINITY, max2)
-}
-
-/// `out[i] = Σ x[i]`: the lanes of as many vectors as one has lanes. Added by halves, whatever the vector's place.
-#[inline(always)]
-pub(super) fn folds<const L: usize>(x: &[[f32; L]; L], out: &mut [f32; L]) {
-    #[cfg(target_arch = "x86_64")]
-    if let (Some(x), Some(out)) =
-        (x.as_flattened().as_chunks().0.as_array(), out.as_mut_slice().as_mut_array())
-        && std::arch::is_x86_feature_detected!("avx512f")
-    {
-        #[allow(unsafe_code, reason = "measured: see benches/README.md")]
-        // SAFETY: the feature was detected on the line above; the function asks for nothing else.
-        return unsafe { folds_avx512(x, out) };
-    }
-    for (x, out) in x.iter().zip(out) {
-        let (mut x, mut width) = (*x, L / 2);
-        while width > 0 {
-            for l in 0..width {
-                x[l] += x[l + width];
-            }
-            width /= 2;
-        }
-        *out = x[0];
-    }
-}
-
-/// Of two vectors, halves that belong together are shuffled into one vector each and added: 15 additions for 16 vectors. Loops do
-/// not become this, but hundreds of moves of single lanes.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn folds_avx512(x: &[[f32; 16]; 16], out: &mut [f32; 16]) {
-    use std::arch::x86_64::*;
-    // Where the tree's leaf `i` comes out, and as that is an involution, which vector it has to be.
-    const LEAF: [usize; 16] = [0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15];
-    #[allow(unsafe_code, reason = "measured: see benches/README.md")]
-    // SAFETY: reads the 16 elements of an array.
-    let leaf = |i: usize| unsafe { _mm512_loadu_ps(x[LEAF[i]].as_ptr()) };
-    let mut sums: [__m512; 8] = [_mm512_setzero_ps(); 8];
-    for i in 0..8 {
-        let (a, b) = (leaf(i), leaf(i + 8));
-        sums[i] =
-            _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
-    }
-    for i in 0..4 {
-        let (a, b) = (sums[i], sums[i + 4]);
-        sums[i] =
-            _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
-    }
-    for i in 0..2 {
-        let (a, b) = (sums[i], sums[i + 2]);
-        sums[i] = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(a, b), _mm512_shuffle_ps::<0xee>(a, b));
-    }
-    let [a, b, ..] = sums;
-    let sum = _mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xdd>(a, b));
-    #[allow(unsafe_code, reason = "measured: see benches/README.md")]
-    // SAFETY: writes the 16 elements of an array.
-    unsafe {
-        _mm512_storeu_ps(out.as_mut_ptr(), sum);
-    }
-}
-
-/// Asks for the cache line of a byte that is read soon.
-#[inline(always)]
-pub(super) fn prefetch(bytes: &[u8], at: usize) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let address = bytes.as_ptr().wrapping_add(at);
-        #[allow(unsafe_code, reason = "measured: see benches/README.md")]
-        // SAFETY: a hint that reads nothing, at any address.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(address.cast());
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (bytes, at);
-}
-
 /// Widens `rows` of a head into rows of `dst`, `pitch` elements apart; for kernels, whose instructions it uses.
 #[inline(always)]
 pub(super) fn widen_apart(
@@ -365,39 +222,9 @@ pub(super) fn widen_apart(
             let (row, to) = (run.start + i * run.stride.., &mut to[..src.dim()]);
             match src.storage() {
                 HostSlice::F32(data) => to.copy_from_slice(&data[row][..to.len()]),
-                HostSlice::F16(data) => widen_f16(&data[row][..to.len()], to),
+                HostSlice::F16(data) => intrinsics::widen_f16(&data[row][..to.len()], to),
                 HostSlice::BF16(data) => bf16::widen(&data[row][..to.len()], to),
             }
         }
     }
-}
-
-/// Widens f16 elements.
-#[inline(always)]
-fn widen_f16(src: &[f16], dst: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx512f") {
-        #[allow(unsafe_code, reason = "measured: see benches/README.md")]
-        // SAFETY: the feature was detected on the line above; the function asks for nothing else.
-        return unsafe { widen_f16_avx512(src, dst) };
-    }
-    f16::widen(src, dst);
-}
-
-/// 16 at a time; `half` converts 8 and looks up what the machine has for each.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn widen_f16_avx512(src: &[f16], dst: &mut [f32]) {
-    use std::arch::x86_64::{__m256i, _mm512_cvtph_ps, _mm512_storeu_ps};
-    let (src, src_rest) = src.as_chunks::<16>();
-    let (dst, dst_rest) = dst.as_chunks_mut::<16>();
-    for (src, dst) in src.iter().zip(dst) {
-        #[allow(unsafe_code, reason = "measured: see benches/README.md")]
-        // SAFETY: reads and writes the 16 elements of an array each.
-        unsafe {
-            let x = src.as_ptr().cast::<__m256i>().read_unaligned();
-            _mm512_storeu_ps(dst.as_mut_ptr(), _mm512_cvtph_ps(x));
-        }
-    }
-    f16::widen(src_rest, dst_rest);
 }

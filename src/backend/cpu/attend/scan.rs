@@ -8,7 +8,9 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::super::tile::{self, Arithmetic, Kernel, exp2, max2};
+use super::super::intrinsics;
+use super::super::isa::{Arithmetic, Kernel, exp2};
+use super::super::tile::{self, max2};
 use super::source::{Chunk, Data, Next, Order, Source, Tile, WIDENED, lanes, read};
 use super::{Block, Part, QUERIES};
 
@@ -147,7 +149,7 @@ fn dots<A: Arithmetic, T: Source, const L: usize, const N: usize, const R: usize
         }
         for i in 0..N {
             let weights = weights[i][first..].first_chunk_mut().expect("whole vectors of slots");
-            tile::folds(&sums[i], weights);
+            intrinsics::folds(&sums[i], weights);
         }
     }
     N

@@ -10,7 +10,8 @@ use bytemuck::Pod;
 use half::bf16;
 
 use super::super::HostSlice;
-use super::super::tile::{self, Isa};
+use super::super::isa::Isa;
+use super::super::{intrinsics, tile};
 use super::scan::TILE;
 use crate::view::Rows;
 
@@ -133,9 +134,9 @@ impl<'a> Next<'a> {
     pub(super) fn ask(&self, row: usize, chunk: usize) {
         const LINE: usize = 64;
         let at = self.starts[row] + chunk * self.chunk;
-        tile::prefetch(self.bytes, at);
+        intrinsics::prefetch(self.bytes, at);
         if self.chunk > LINE {
-            tile::prefetch(self.bytes, at + LINE);
+            intrinsics::prefetch(self.bytes, at + LINE);
         }
     }
 }
