@@ -55,9 +55,9 @@ class Peer:
 
 
 def build():
-    command = ["cargo", "bench", "-p", "kvbudget", "--bench", "peers", "--no-run", "--message-format=json"]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    return [m["executable"] for m in map(json.loads, lines) if m.get("target", {}).get("name") == "peers"][-1]
+    command = ["cargo", "bench", "-p", "kvbudget", "--bench", "peers", "--no-run", "--message-format=json-render-diagnostics"]
+    lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    return [m["executable"] for m in map(json.loads, lines) if m.get("executable") and m["target"]["name"] == "peers"][-1]
 
 
 def memory_available():
