@@ -77,7 +77,9 @@ class Bench:
         path = os.path.join(folder, "tensors")
         save_file({name: getattr(x, name) for name in ("q", "k", "v", "o_proj")}, path)
         self.ours = Peer(binary, path)
-        os.remove(path) if self.ours("score") else None
+        # It has read the file once it answers.
+        self.ours("score")
+        os.remove(path)
         self.tuned, self.kvpress = Tuned(x), Kvpress(x)
 
     def result(self, what, type):
@@ -253,7 +255,7 @@ def main():
         model = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     allocator = os.path.basename(args.jemalloc) if args.jemalloc else "glibc"
-    print(f"{datetime.date.today()}, commit {commit}, {model}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}, "
+    print(f"# Against PyTorch, kvpress and numpy on a CPU\n\n{datetime.date.today()}, commit {commit}, {model}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads, {allocator}; medians of up to {args.rounds} rounds, caches cold")
     machine, layers, appends = Machine(), {}, {}
     for dtype in args.dtype:
