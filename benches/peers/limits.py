@@ -1,7 +1,8 @@
 """What the machine can do, and the least that each operation must do: a row's limit is the slowest of its needs.
 
-Rates are the best of several tries, ours or PyTorch's, in the same run as the rows; the limit of a row is what one pass over its
-inputs takes at those rates, whatever the method needs beyond that.
+Rates are the best of several tries, ours or PyTorch's, in the same run as the rows; those of the machine are tried again before each
+table, for its neighbours take of them what they like. The limit of a row is what one pass over its inputs takes at those rates, whatever
+the method needs beyond that.
 """
 import time
 
@@ -25,42 +26,50 @@ class Machine:
         # 256 MiB each, as on our side: more than caches keep.
         self.large = torch.ones(1 << 26)
         self.copy = torch.zeros(1 << 26)
+        self.ways = {}
 
     def evict(self):
         """Empties the caches and wakes PyTorch's threads; our side does the same before its clock starts."""
         self.large.sum()
 
     def measure(self, ours, dtype):
-        best = lambda f: 1e3 / min(timed(f) for _ in range(TRIES))
-        our_best = lambda what: 1e3 / min(ours(what) for _ in range(TRIES))
+        """Tries again, keeps the best of the run, and says what that is."""
         size, threads = self.large.nbytes, torch.get_num_threads()
         matrix, vector = self.large.view(-1, 4096), self.large[:4096]
-        read = {"ours": our_best("read") * size, "sum": best(self.large.sum) * size, "mv": best(lambda: matrix.mv(vector)) * size}
-        copy = {"ours": our_best("copy") * 2 * size, "torch": best(lambda: self.copy.copy_(self.large)) * 2 * size}
-        product = {"gemm f32": max(ours.number("gemm") for _ in range(TRIES))}
-        for kind in {torch.float32, dtype}:
-            for n in (1024, 2048, 3072):
-                a, b, c = torch.rand(n, n).to(kind), torch.rand(n, n).to(kind), torch.empty(n, n, dtype=kind)
-                # A first product sets up; slow ones (f16 without instructions for it) are not worth more than one other.
-                slow = [timed(lambda: torch.mm(a, b, out=c)) for _ in range(2)][-1] > 500
-                rate = 2 * n**3 * (1e3 / timed(lambda: torch.mm(a, b, out=c)) if slow else best(lambda: torch.mm(a, b, out=c)))
-                name = f"torch.mm {str(kind)[6:]}"
-                product[name] = max(rate, product.get(name, 0))
-                if slow:
-                    break
         # In and out of L2: 1 MiB a thread.
         x = torch.randn(threads << 17)
         y = torch.empty_like(x)
-        exp = best(lambda: [torch.exp(x, out=y) for _ in range(20)]) * 20 * x.numel()
-        self.rates = {"read": max(read.values()), "copy": max(copy.values()), "product": max(product.values()), "exp": exp}
-        list_rates = lambda rates, unit: ", ".join(f"{name} {rate / unit:.1f}" for name, rate in rates.items())
-        return (
-            f"Limits: read {list_rates(read, 1e9)} GB/s; copy, both ways counted, {list_rates(copy, 1e9)} GB/s; product "
-            f"{list_rates(product, 1e9)} GFLOP/s; torch.exp of f32 in L2 {exp / 1e9:.2f} G/s")
+        self.keep("read", "ours", size, lambda: ours("read"))
+        self.keep("read", "sum", size, lambda: timed(self.large.sum))
+        self.keep("read", "mv", size, lambda: timed(lambda: matrix.mv(vector)))
+        self.keep("copy", "ours", 2 * size, lambda: ours("copy"))
+        self.keep("copy", "torch", 2 * size, lambda: timed(lambda: self.copy.copy_(self.large)))
+        self.keep("exp", "torch.exp", 20 * x.numel(), lambda: timed(lambda: [torch.exp(x, out=y) for _ in range(20)]))
+        self.keep("product f32", "gemm", 1, lambda: 1e3 / ours.number("gemm"))
+        for kind in (torch.float32, dtype):
+            short = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[kind]
+            for n in (1024, 2048, 3072):
+                a, b, c = torch.rand(n, n).to(kind), torch.rand(n, n).to(kind), torch.empty(n, n, dtype=kind)
+                self.keep(f"product {short}", "torch.mm", 2 * n**3, lambda: timed(lambda: torch.mm(a, b, out=c)))
+                self.keep(f"product {short}", "torch.mm", 2 * n**3, lambda: timed(lambda: torch.mm(a, b.T, out=c)))
+        best = {name: max(ways.values()) for name, ways in self.ways.items()}
+        # A product in 16 bits can be had in f32.
+        product = max(best["product f32"], best[f"product {short}"])
+        self.rates = {"read": best["read"], "copy": best["copy"], "exp": best["exp"], "product": product}
+        said = [f"{name} " + ", ".join(f"{way} {rate / 1e9:.1f}" for way, rate in ways.items()) for name, ways in self.ways.items()]
+        return "Limits, best of the run so far, in 1e9 bytes (copies: both ways), exponentials or operations a second: " + "; ".join(said)
+
+    def keep(self, name, way, amount, milliseconds):
+        ways = self.ways.setdefault(name, {})
+        for _ in range(TRIES):
+            took = milliseconds()
+            ways[way] = max(ways.get(way, 0), 1e3 * amount / took)
+            if took > 500:
+                break
 
     def limit(self, what, x):
         """Milliseconds, and what binds."""
-        parts = ("score", "select", "gather") if what == "layer" else (what,)
+        parts = ("score", "select", "gather") if what.startswith("layer") else (what,)
         total, longest, name = 0.0, 0.0, ""
         for part in parts:
             bound, binds = max((1e3 * amount / self.rates[rate], rate) for rate, amount in needs(part, x).items())

@@ -185,6 +185,15 @@ impl Peer {
         self.cache = Some(FlatCache::gather(&self.view(), kept, slack).expect("a cache"));
     }
 
+    /// Into the memory of the last one.
+    fn regather(&mut self, kept: &Ragged<Position>) {
+        let Some(mut cache) = self.cache.take() else {
+            return self.gather(kept, SLACK);
+        };
+        cache.regather(&self.view(), kept, SLACK).expect("a cache");
+        self.cache = Some(cache);
+    }
+
     /// Every slot, thinned in place.
     fn compact(&mut self) -> Duration {
         let all = vec![(0..self.tokens()).map(Position).collect::<Vec<_>>(); self.heads()];
@@ -229,10 +238,11 @@ impl Peer {
         self.scores = scores;
     }
 
-    fn layer(&mut self) {
+    fn layer(&mut self, new: bool) {
         self.score(false);
         self.select();
-        self.gather(&self.positions(), SLACK);
+        let kept = self.positions();
+        if new { self.gather(&kept, SLACK) } else { self.regather(&kept) }
     }
 
     /// Scores or kept slots, for comparison: f32, or u32 with each row after its length.
@@ -273,7 +283,12 @@ impl Peer {
             }
             "compact" => self.compact(),
             "append" => self.append(),
-            "layer" => self.time(Self::layer),
+            "regather" => {
+                let kept = self.positions();
+                self.time(|peer| peer.regather(&kept))
+            }
+            "layer" => self.time(|peer| peer.layer(false)),
+            "layer-new" => self.time(|peer| peer.layer(true)),
             "attend" => self.time(|peer| peer.attend(false)),
             "dense" => self.time(|peer| peer.attend(true)),
             "norms" => self.time(|peer| peer.norms(ValueNorm::L1)),

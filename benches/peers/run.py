@@ -160,9 +160,9 @@ class Bench:
         """Rows that depend on the window. Returns our time of a layer."""
         tuned, kvpress, ours = self.tuned, self.kvpress, self.ours
         needed = kvpress.memory("score")
-        layer = self.rival("layer", "layer", "tuned", tuned.layer)
-        self.rival("layer", "layer", "tuned, buffers reused", tuned.relayer)
-        self.rival("layer", "layer", "kvpress", kvpress.layer, needed)
+        layer = self.rival("layer", "layer", "tuned", tuned.relayer)
+        self.rival("layer, new buffers", "layer-new", "tuned", tuned.layer)
+        self.rival("layer, new buffers", "layer-new", "kvpress", kvpress.layer, needed)
         self.rival("score", "score", "tuned", tuned.score)
         self.rival("score", "score", "kvpress", kvpress.score, needed)
         self.row("defensive", self.mine("defensive"), "our score", self.mine("score"), "defensive")
@@ -186,8 +186,10 @@ class Bench:
         self.rival("select", "select", "numpy argpartition", tuned.argpartition)
         self.row("select, all equal", self.mine("select", "ties"), "ours, different", self.mine("select", "score"), "select")
         ours("layer"), tuned.select()
+        self.rival("gather", "regather", "index_select, same buffers", tuned.regather)
         self.rival("gather, new buffers", "gather", "index_select", tuned.gather)
         self.rival("compact, in place", "compact", "index_select, same buffers", tuned.regather)
+        self.row("compact, in place", self.mine("compact"), "our gather", self.mine("regather"), "compact")
         ours("layer")
         append = self.row("append, a token", self.mine("append"), "DynamicCache's cat", self.theirs(tuned.cat), "append")
         self.row("append, a token", self.mine("append"), "StaticCache's index_copy_", self.theirs(tuned.index_copy, calls=APPENDED), "append")
