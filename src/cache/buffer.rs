@@ -20,11 +20,23 @@ pub(super) struct Buffer {
 impl Buffer {
     /// `rows` rows of zeros. More than the allocator gives is an error.
     pub(super) fn zeroed(dtype: Dtype, dim: u32, rows: u64) -> Result<Self> {
-        let elements = u128::from(rows) * u128::from(dim);
-        let words = (elements * dtype.size() as u128).div_ceil(4);
+        let words = words(dtype, dim, rows);
         // `vec!` aborts where the allocator refuses, so ask before. Opaque, or the question is optimised away.
         let words = black_box(reserved::<u32>("words of a cache tensor", words)?).capacity();
-        Ok(Self { words: vec![0; words], elements: elements as usize, dtype })
+        Ok(Self { words: vec![0; words], elements: rows as usize * dim as usize, dtype })
+    }
+
+    /// Memory for so many rows in place of this one's; none if this one's is enough.
+    pub(super) fn grown(&self, (dtype, dim, rows): (Dtype, u32, u64)) -> Result<Option<Self>> {
+        match words(dtype, dim, rows) > self.words.len() as u128 {
+            true => Self::zeroed(dtype, dim, rows).map(Some),
+            false => Ok(None),
+        }
+    }
+
+    /// Becomes that many rows, for which there is memory; they hold what they happen to.
+    pub(super) fn reshape(&mut self, (dtype, dim, rows): (Dtype, u32, u64)) {
+        (self.dtype, self.elements) = (dtype, rows as usize * dim as usize);
     }
 
     /// The elements, typed.
@@ -47,6 +59,11 @@ impl Buffer {
     pub(super) fn len(&self) -> usize {
         self.elements * self.dtype.size()
     }
+}
+
+/// Words that so many rows take.
+fn words(dtype: Dtype, dim: u32, rows: u64) -> u128 {
+    (u128::from(rows) * u128::from(dim) * dtype.size() as u128).div_ceil(4)
 }
 
 // Gigabytes of rows help nobody in a log.

@@ -39,18 +39,48 @@ impl FlatCache {
         Self::build(&Source::new(view, kept)?, slack)
     }
 
-    fn build(source: &Source<'_>, slack: u32) -> Result<Self> {
+    /// [`Self::gather`] into this cache's memory, of which there is more only where that is not enough: new memory costs
+    /// more than the copy. What the cache held is forgotten; after an error it is as it was.
+    ///
+    /// Errors: those of [`Self::gather`].
+    pub fn regather(
+        &mut self,
+        view: &HostLayer<'_>,
+        kept: &Ragged<Position>,
+        slack: u32,
+    ) -> Result<()> {
+        self.fill(&Source::new(view, kept)?, slack)
+    }
+
+    fn fill(&mut self, source: &Source<'_>, slack: u32) -> Result<()> {
         let slots = source.slots(slack)?;
         let mut offsets = vec![0];
-        let mut end = 0;
+        let mut rows = 0;
         for &capacity in &slots.capacity {
-            end += u64::from(capacity);
-            offsets.push(end);
+            rows += u64::from(capacity);
+            offsets.push(rows);
         }
-        let mut k = Buffer::zeroed(slots.dtype, slots.dim, end)?;
-        let mut v = Buffer::zeroed(slots.dtype, slots.dim, end)?;
-        source.copy(pieces(&mut k, &slots), pieces(&mut v, &slots));
-        Ok(Self { k, v, offsets, slots })
+        let shape = (slots.dtype, slots.dim, rows);
+        // All memory before anything is given up.
+        let (k, v) = (self.k.grown(shape)?, self.v.grown(shape)?);
+        for (buffer, grown) in [(&mut self.k, k), (&mut self.v, v)] {
+            match grown {
+                Some(grown) => *buffer = grown,
+                None => buffer.reshape(shape),
+            }
+        }
+        source.copy(pieces(&mut self.k, &slots), pieces(&mut self.v, &slots));
+        (self.offsets, self.slots) = (offsets, slots);
+        Ok(())
+    }
+
+    fn build(source: &Source<'_>, slack: u32) -> Result<Self> {
+        let slots = Slots::empty(source.k.dtype(), source.k.dim() as u32);
+        let nothing = || Buffer::zeroed(slots.dtype, slots.dim, 0);
+        let (k, v) = (nothing()?, nothing()?);
+        let mut cache = Self { k, v, offsets: Vec::new(), slots };
+        cache.fill(source, slack)?;
+        Ok(cache)
     }
 
     /// Thins the heads to `kept`, one ascending row per KV head, in place. Rows keep their order, heads

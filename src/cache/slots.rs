@@ -46,6 +46,12 @@ impl Slots {
         Ok(Self { dtype, dim, tokens, lens, capacity, positions })
     }
 
+    /// No heads.
+    pub(super) fn empty(dtype: Dtype, dim: u32) -> Self {
+        let (lens, capacity, positions) = (Vec::new(), Vec::new(), Vec::new());
+        Self { dtype, dim, tokens: 0, lens, capacity, positions }
+    }
+
     /// Slots in use by all heads.
     pub(super) fn total(&self) -> u64 {
         self.lens.iter().map(|&n| u64::from(n)).sum()

@@ -5,6 +5,7 @@
 
 mod amx;
 mod attend;
+mod descent;
 mod key_scores;
 mod lag;
 mod pool;
@@ -185,7 +186,7 @@ impl Backend for Cpu {
         self.run(|| top_k::mass_count(thresholds, caps, mass))
     }
     fn pin_top(&self, counts: &[u32], by: &Ragged<f32>, rows: &mut Ragged<f32>) -> Result<()> {
-        self.run(|| top_k::pin_top(counts, by, rows))
+        self.run(|| top_k::pin_top(self.isa, counts, by, rows))
     }
     fn rank(
         &self,
@@ -203,7 +204,7 @@ impl Backend for Cpu {
     }
 
     fn top_k(&self, op: &TopK<'_>, parts: &[(&Ragged<f32>, Range<usize>)]) -> Result<Ragged<u32>> {
-        self.run(|| top_k::run(op, parts))
+        self.run(|| top_k::run(self.isa, op, parts))
     }
     fn selected(&self, selection: &Ragged<u32>) -> Result<Vec<u32>> {
         Ok(selection.lens().map(|n| n as u32).collect())

@@ -388,3 +388,66 @@ pub(super) fn max(x: &[f32]) -> f32 {
     }
     lanes.into_iter().fold(f32::NEG_INFINITY, max2)
 }
+
+/// Keys that [`compress`] takes at most.
+pub(super) const BLOCK: usize = 1024;
+
+/// What [`compress`] writes to: a block, and a vector more, whose lanes beyond the last kept value mean nothing.
+pub(super) type Kept = [u32; BLOCK + LANES];
+
+/// Writes those of `values` whose keys are in `low ..= low + width` to the start of `out`, in order; their number.
+pub(super) fn compress(
+    isa: Isa,
+    keys: &[u32],
+    (low, width): (u32, u32),
+    values: &[u32],
+    out: &mut Kept,
+) -> usize {
+    assert!(keys.len() <= BLOCK && keys.len() <= values.len(), "a block of keys");
+    let mut done = (0, 0);
+    #[cfg(target_arch = "x86_64")]
+    if isa.min(Isa::best()) >= Isa::Avx512 && std::arch::is_x86_feature_detected!("popcnt") {
+        #[allow(unsafe_code, reason = "measured: see benches/README.md")]
+        // SAFETY: the machine has the features; blocks and `out` are as long as asked for by the assertion.
+        let kept = unsafe { compress_avx512(keys, (low, width), values, out) };
+        done = (keys.len() / LANES * LANES, kept);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = isa;
+    let (start, mut next) = done;
+    for (&key, &value) in keys[start..].iter().zip(&values[start..]) {
+        // No branch depends on a key; fewer than a block are kept before the last one, so the mask changes nothing.
+        out[next & (BLOCK - 1)] = value;
+        next += usize::from(key.wrapping_sub(low) <= width);
+    }
+    next
+}
+
+/// [`compress`] of whole vectors.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code, reason = "measured: see benches/README.md")]
+#[target_feature(enable = "avx512f,popcnt")]
+// SAFETY: asks for no more than a block of keys, and as many values.
+unsafe fn compress_avx512(
+    keys: &[u32],
+    (low, width): (u32, u32),
+    values: &[u32],
+    out: &mut Kept,
+) -> usize {
+    use std::arch::x86_64::*;
+    let (low, width) = (_mm512_set1_epi32(low as i32), _mm512_set1_epi32(width as i32));
+    let mut next = 0;
+    let values = values.as_chunks::<LANES>().0;
+    for (keys, values) in keys.as_chunks::<LANES>().0.iter().zip(values) {
+        // SAFETY: both chunks are as long as a vector.
+        let (k, v) = unsafe {
+            (_mm512_loadu_si512(keys.as_ptr().cast()), _mm512_loadu_si512(values.as_ptr().cast()))
+        };
+        let kept = _mm512_cmple_epu32_mask(_mm512_sub_epi32(k, low), width);
+        let v = _mm512_maskz_compress_epi32(kept, v);
+        // SAFETY: no more were kept than keys were seen before these, all but a vector's lanes of a block.
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().add(next).cast(), v) };
+        next += kept.count_ones() as usize;
+    }
+    next
+}
