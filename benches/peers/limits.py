@@ -81,23 +81,23 @@ class Machine:
 
 def needs(what, x):
     """The least that an operation moves and computes."""
-    element, past = x.k.element_size(), x.tokens
-    keys = H * past * D * element
-    kept = 2 * H * (past // 5) * D * element
+    element, tokens = x.k.element_size(), x.tokens
+    keys = H * tokens * D * element
+    kept = 2 * H * (tokens // 5) * D * element
     return {
         # One pass over the keys: logits of each, an exponential of each.
-        "score": {"read": keys, "product": 2 * HQ * x.window * past * D, "exp": HQ * x.window * past},
-        "defensive": {"read": keys, "product": 2 * HQ * x.window * past * D, "exp": HQ * x.window * past},
+        "score": {"read": keys, "product": 2 * HQ * x.window * tokens * D, "exp": HQ * x.window * tokens},
+        "defensive": {"read": keys, "product": 2 * HQ * x.window * tokens * D, "exp": HQ * x.window * tokens},
         # A threshold cannot be known before all are read, nor applied without reading again.
-        "select": {"read": 2 * 4 * H * past},
-        "select-all": {"read": 2 * 4 * LAYERS * H * past},
+        "select": {"read": 2 * 4 * H * tokens},
+        "select-all": {"read": 2 * 4 * LAYERS * H * tokens},
         "gather": {"copy": 2 * kept},
         "regather": {"copy": 2 * kept},
         "compact": {"copy": 2 * kept},
         "append": {"copy": 2 * 2 * H * D * element},
         "attend": {"read": kept},
         "dense": {"read": 2 * keys},
-        "norms": {"read": keys, "product": 2 * HQ * past * D * HIDDEN},
+        "norms": {"read": keys, "product": 2 * HQ * tokens * D * HIDDEN},
         # Gram matrices of the output projection, then a quadratic form of each value.
-        "grams": {"read": keys, "product": 2 * HQ * D * D * (HIDDEN + past)},
+        "grams": {"read": keys, "product": 2 * HQ * D * D * (HIDDEN + tokens)},
     }[what]
