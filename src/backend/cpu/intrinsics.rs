@@ -12,8 +12,8 @@ use crate::dtype::Element;
 #[inline(always)]
 pub(super) fn folds<const L: usize>(x: &[[f32; L]; L], out: &mut [f32; L]) {
     #[cfg(target_arch = "x86_64")]
-    if let (Some(x), Some(out)) =
-        (x.as_flattened().as_chunks().0.as_array(), out.as_mut_slice().as_mut_array())
+    if let (Ok(x), Ok(out)) =
+        (x.as_flattened().as_chunks().0.try_into(), <&mut [f32; 16]>::try_from(&mut out[..]))
         && std::arch::is_x86_feature_detected!("avx512f")
     {
         #[allow(unsafe_code, reason = "measured: see benches/README.md")]
@@ -44,9 +44,9 @@ fn folds_avx512(x: &[[f32; 16]; 16], out: &mut [f32; 16]) {
     // SAFETY: reads the 16 elements of an array.
     let leaf = |i: usize| unsafe { _mm512_loadu_ps(x[LEAF[i]].as_ptr()) };
     let mut sums: [__m512; 8] = [_mm512_setzero_ps(); 8];
-    for i in 0..8 {
+    for (i, sum) in sums.iter_mut().enumerate() {
         let (a, b) = (leaf(i), leaf(i + 8));
-        sums[i] =
+        *sum =
             _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
     }
     for i in 0..4 {

@@ -329,10 +329,9 @@ impl Single<'_> {
         }
         let mut lanes = [0.0; LANES];
         A::store(p, &mut lanes);
-        for l in 0..LANES {
+        for (lane, &reached) in lanes.iter_mut().zip(self.reached) {
             // Not even NaN beyond what the row reaches.
-            let reached = ((self.start + t) as u32) < self.reached[l];
-            lanes[l] = if reached { lanes[l] } else { 0.0 };
+            *lane = if ((self.start + t) as u32) < reached { *lane } else { 0.0 };
         }
         A::load(&lanes)
     }
