@@ -1,0 +1,130 @@
+//! The tile unit's instructions. Tiles 0 to 3 are a block of the product, 4 and 5 of the left operand, 6 and 7 of the right one.
+//!
+//! `unsafe` because they have no stable intrinsics. All but [`permitted`] and [`prefetch`] are for holders of a
+//! [`Unit`](super::Unit). Sources: Intel SDM, "Intel AMX"; the kernel's Documentation/arch/x86/xstate.rst for the permission
+//! that a process has to ask for.
+#![allow(unsafe_code, reason = "instructions without intrinsics")]
+
+use std::arch::asm;
+use std::arch::x86_64::{__cpuid_count, _MM_HINT_T0, _mm_prefetch, _xgetbv};
+
+use half::bf16;
+
+use super::{BLOCK, Line, STEP, TILE};
+
+pub(super) fn permitted() -> bool {
+    const TILE_BF16: u32 = 1 << 22 | 1 << 24;
+    const OSXSAVE: u32 = 1 << 27;
+    const TILE_STATE: u64 = 1 << 17 | 1 << 18;
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const XTILEDATA: libc::c_long = 18;
+    #[target_feature(enable = "xsave")]
+    fn enabled() -> u64 {
+        // SAFETY: the caller has seen OSXSAVE.
+        unsafe { _xgetbv(0) }
+    }
+    if __cpuid_count(0, 0).eax < 7
+        || __cpuid_count(7, 0).edx & TILE_BF16 != TILE_BF16
+        || __cpuid_count(1, 0).ecx & OSXSAVE == 0
+    {
+        return false;
+    }
+    // SAFETY: OSXSAVE says that the instruction is there.
+    if unsafe { enabled() } & TILE_STATE != TILE_STATE {
+        return false;
+    }
+    // SAFETY: asks the kernel for a larger signal frame and save area; takes no pointer.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0 }
+}
+
+/// Eight tiles of 16 rows and 64 bytes.
+#[repr(C, align(64))]
+struct Configuration {
+    palette: u8,
+    start: u8,
+    reserved: [u8; 14],
+    bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+static TILES: Configuration = Configuration {
+    palette: 1,
+    start: 0,
+    reserved: [0; 14],
+    bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
+    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
+};
+
+pub(super) fn configure() {
+    // SAFETY: `Unit::open` has asserted that the unit is there and permitted; reads 64 bytes.
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const TILES, options(nostack, readonly)) };
+}
+
+pub(super) fn release() {
+    // SAFETY: as above; touches no memory. No `Unit` is left on this thread, so nothing uses tiles after it.
+    unsafe { asm!("tilerelease", options(nostack, nomem)) };
+}
+
+pub(super) fn zero() {
+    // SAFETY: the caller has a `Unit`, so tiles are configured; touches no memory.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            options(nostack, nomem)
+        );
+    }
+}
+
+/// Adds a step of the product of a block of rows and a block of columns.
+pub(super) fn add(steps: usize, step: usize, left: &[bf16], right: &[Line]) {
+    assert!(left.len() == BLOCK * steps * STEP && right.len() == steps * BLOCK && step < steps);
+    let stride = steps * size_of::<Line>();
+    // SAFETY: as in `zero`. Rows of tiles are a `Line` each: of `left` 32, `stride` apart, from the step's on,
+    // and of `right` 32 one after the other; all inside the slices by the assertion.
+    unsafe {
+        asm!(
+            "tileloadd tmm4, [{left} + {stride} * 1]",
+            "tileloadd tmm6, [{right} + {line} * 1]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{right} + {line} * 1 + 1024]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{below} + {stride} * 1]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            left = in(reg) left.as_ptr().add(step * STEP),
+            below = in(reg) left.as_ptr().add((TILE * steps + step) * STEP),
+            right = in(reg) right.as_ptr().add(step * BLOCK),
+            stride = in(reg) stride,
+            line = in(reg) size_of::<Line>(),
+            options(nostack, readonly),
+        );
+    }
+}
+
+/// Writes the block: 32 rows of 32, `pitch` apart.
+pub(super) fn store(to: &mut [f32], pitch: usize) {
+    assert!(pitch >= BLOCK && to.len() >= (BLOCK - 1) * pitch + BLOCK);
+    // SAFETY: as in `zero`. Rows of tiles are 64 bytes; two by two tiles are 32 rows of 128 bytes, `pitch` elements
+    // apart, inside `to` by the assertion.
+    unsafe {
+        asm!(
+            "tilestored [{to} + {pitch} * 1], tmm0",
+            "tilestored [{to} + {pitch} * 1 + 64], tmm1",
+            "tilestored [{below} + {pitch} * 1], tmm2",
+            "tilestored [{below} + {pitch} * 1 + 64], tmm3",
+            to = in(reg) to.as_mut_ptr(),
+            below = in(reg) to.as_mut_ptr().add(TILE * pitch),
+            pitch = in(reg) pitch * size_of::<f32>(),
+            options(nostack),
+        );
+    }
+}
+
+/// Has a cache line fetched; of no consequence where there is none.
+pub(super) fn prefetch(line: *const bf16) {
+    // SAFETY: prefetches do not fault.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+}
