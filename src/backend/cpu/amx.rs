@@ -41,7 +41,7 @@ pub(super) fn available() -> bool {
 }
 
 /// bf16 that an element is the sum of.
-fn planes(dtype: Dtype) -> usize {
+pub(super) fn planes(dtype: Dtype) -> usize {
     match dtype {
         Dtype::BF16 => 1,
         Dtype::F16 => 2,
@@ -137,9 +137,9 @@ impl Packed {
             return true;
         }
         self.widened.resize(rows.len() * dim, 0.0);
-        tile::widen_rows(src, head, rows, &mut self.widened);
+        let from = tile::f32_rows(src, head, rows, &mut self.widened);
         let shape = [self.planes, self.rows, self.steps];
-        Isa::Amx.run(Split { dim, from: &self.widened, lines: &mut self.lines, shape })
+        Isa::Amx.run(Split { dim, from, lines: &mut self.lines, shape })
     }
 }
 

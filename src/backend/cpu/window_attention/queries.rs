@@ -42,8 +42,13 @@ impl Shape {
 }
 
 /// Slots that are multiplied at once: with the tile unit what takes part stays in L1 or next to it, without it a product pays for packing.
-pub(super) fn tile(isa: Isa) -> usize {
-    if isa == Isa::Amx { 128 } else { 256 }
+pub(super) fn tile(isa: Isa, head: &Head<'_>) -> usize {
+    match (isa, amx::planes(head.layer.k().dtype())) {
+        (Isa::Amx, 1) => 128,
+        (Isa::Amx, 2) => 64,
+        (Isa::Amx, _) => 32,
+        _ => 256,
+    }
 }
 
 impl Queries {

@@ -59,7 +59,7 @@ impl Chunk<'_> {
 
 /// Slots that are reduced at once: with their halo those that are multiplied at once, unless little would be left.
 pub(super) fn width(isa: Isa, head: &Head<'_>) -> usize {
-    let (tile, halo) = (tile(isa), 2 * head.radius());
+    let (tile, halo) = (tile(isa, head), 2 * head.radius());
     if halo <= tile / 2 { tile - halo } else { tile }
 }
 

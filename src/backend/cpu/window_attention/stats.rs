@@ -228,8 +228,9 @@ impl Kernel for Sums<'_> {
         let Self { isa, head, queries, product, slots: all, limits, stats, mut to } = self;
         let (scored, radius) = (head.scored, head.radius());
         let scale = Queries::scale(head.q.dim());
-        for start in all.clone().step_by(tile(isa)) {
-            let slots = start..all.end.min(start + tile(isa));
+        let tile = tile(isa, head);
+        for start in all.clone().step_by(tile) {
+            let slots = start..all.end.min(start + tile);
             // Whether all slots are scored and as often in pooling windows as any.
             let inner = slots.start >= radius && slots.end + radius <= scored;
             product.turn();
