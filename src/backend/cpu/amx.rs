@@ -304,16 +304,23 @@ impl Unit {
             let ahead = a.elements.as_ptr_range().end.wrapping_add(first);
             let mut lines = (block..BLOCK * a.steps).step_by(blocks);
             unit::zero();
-            for (p, q) in pairs.clone() {
-                let left = &a.elements[p * plane + first..][..BLOCK * a.steps * STEP];
-                let right = &b[q * a.steps * BLOCK..][..a.steps * BLOCK];
-                for step in 0..a.steps {
-                    if a.in_place {
-                        for line in lines.by_ref().take(BLOCK.div_ceil(blocks)) {
-                            unit::prefetch(ahead.wrapping_add(line * STEP));
-                        }
+            for step in 0..a.steps {
+                if a.in_place {
+                    for line in lines.by_ref().take(BLOCK.div_ceil(blocks)) {
+                        unit::prefetch(ahead.wrapping_add(line * STEP));
                     }
-                    unit::add(a.steps, step, left, right);
+                }
+                let (mut left, mut right) = (None, None);
+                for &(p, q) in pairs {
+                    if left != Some(p) {
+                        let rows = &a.elements[p * plane + first..][..BLOCK * a.steps * STEP];
+                        unit::load_left(a.steps, step, rows);
+                    }
+                    if right != Some(q) {
+                        unit::load_right(&b[(q * a.steps + step) * BLOCK..][..BLOCK]);
+                    }
+                    (left, right) = (Some(p), Some(q));
+                    unit::multiply();
                 }
             }
             unit::store(&mut c[m * BLOCK * pitch..], pitch);
@@ -330,8 +337,17 @@ impl Drop for Unit {
     }
 }
 
-/// Pairs of planes whose product reaches the last bit of an f32.
-fn plane_pairs(left: usize, right: usize) -> impl Iterator<Item = (usize, usize)> + Clone {
-    const LAST: usize = 2;
-    (0..left).flat_map(move |p| (0..right.min(LAST + 1 - p)).map(move |q| (p, q)))
+/// Pairs of planes whose product reaches the last bit of an f32, in an order in which most share one with the pair before.
+fn plane_pairs(left: usize, right: usize) -> &'static [(usize, usize)] {
+    match (left, right) {
+        (1, 1) => &[(0, 0)],
+        (1, 2) => &[(0, 1), (0, 0)],
+        (1, _) => &[(0, 2), (0, 1), (0, 0)],
+        (2, 1) => &[(1, 0), (0, 0)],
+        (2, 2) => &[(0, 1), (1, 1), (1, 0), (0, 0)],
+        (2, _) => &[(0, 2), (0, 1), (1, 1), (1, 0), (0, 0)],
+        (_, 1) => &[(2, 0), (1, 0), (0, 0)],
+        (_, 2) => &[(0, 1), (1, 1), (1, 0), (0, 0), (2, 0)],
+        _ => &[(0, 2), (0, 1), (1, 1), (1, 0), (0, 0), (2, 0)],
+    }
 }

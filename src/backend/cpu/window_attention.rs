@@ -42,8 +42,8 @@ const KEPT: usize = 4;
 const CHUNK: usize = 1024;
 /// Keys, in bytes, that a thread's share of the caches holds from one pass to the next.
 const CACHED: usize = 4 << 20;
-/// Logits, in bytes, that are kept from one pass to the next.
-const KEPT_LOGITS: usize = 128 << 20;
+/// Bytes of logits that are kept from one pass to the next, for each of keys.
+const KEPT_LOGITS: usize = 4;
 
 const METHOD: &str = "window attention";
 
@@ -87,22 +87,18 @@ fn score(
     means: Option<Vec<&mut [f32]>>,
 ) {
     let kept: Vec<Vec<Queries>> = heads.par_iter().map(|head| head.kept(isa)).collect();
-    let room: usize = heads.iter().flat_map(Head::logits).sum();
-    let keep = room * size_of::<f32>() <= KEPT_LOGITS
-        && heads.iter().all(|head| head.two_passes() && Queries::worth_keeping(isa, head));
-    let kept_of = if keep { heads } else { &[] };
-    let logits = logits.first(if keep { room } else { 0 });
-    let stats = row_stats(isa, heads, &kept, by_block(kept_of, logits));
-    let logits = by_block(kept_of, logits);
+    let room: usize = heads.iter().flat_map(|head| head.kept_logits(isa)).sum();
+    let logits = logits.first(room);
+    let stats = row_stats(isa, heads, &kept, by_block(isa, heads, logits));
+    let logits = by_block(isa, heads, logits);
     let factors: Vec<Vec<Vec<Factors>>> =
         heads.iter().zip(&stats).map(|(head, stats)| head.factors(stats)).collect();
     let mut means = means.into_iter().flatten();
     let mut tasks = Vec::new();
-    for (i, (((head, kept), factors), row)) in
-        heads.iter().zip(&kept).zip(&factors).zip(out).enumerate()
+    for ((((head, kept), factors), logits), row) in
+        heads.iter().zip(&kept).zip(&factors).zip(&logits).zip(out)
     {
         row.fill(0.0);
-        let logits = logits.get(i).map(Vec::as_slice);
         let chunk = CHUNK.next_multiple_of(reduce::width(isa, head));
         let mut mean = means.next().map(|row| {
             row.fill(0.0);
@@ -120,9 +116,13 @@ fn score(
 }
 
 /// The part of each block of each head.
-fn by_block<'a>(heads: &[Head<'_>], mut logits: &'a mut [f32]) -> Vec<Vec<&'a mut [f32]>> {
+fn by_block<'a>(
+    isa: Isa,
+    heads: &[Head<'_>],
+    mut logits: &'a mut [f32],
+) -> Vec<Vec<&'a mut [f32]>> {
     let mut part = |n| logits.split_off_mut(..n).unwrap_or_default();
-    heads.iter().map(|head| head.logits().map(&mut part).collect()).collect()
+    heads.iter().map(|head| head.kept_logits(isa).into_iter().map(&mut part).collect()).collect()
 }
 
 /// One segment: what of it is scored, by which queries.
@@ -191,10 +191,17 @@ impl<'a> Head<'a> {
         self.scored > 0 && (self.layer.lse().is_none() || self.op.row_pool.is_some())
     }
 
-    /// Logits of each block, those of padding included.
-    fn logits(&self) -> impl Iterator<Item = usize> {
+    /// Logits of each block, those of padding included, if they are kept: where products cost more than memory, and not
+    /// those of long windows. Depends on the head alone, as results may.
+    fn kept_logits(&self, isa: Isa) -> Vec<usize> {
         let slots = self.visible(self.window() - 1).next_multiple_of(amx::BLOCK);
-        self.blocks().map(move |block| slots * queries::Shape::new(self, &block).width)
+        let of = |block| slots * queries::Shape::new(self, &block).width;
+        let blocks: Vec<usize> = self.blocks().map(of).collect();
+        let bytes = blocks.iter().sum::<usize>() * size_of::<f32>();
+        let keep = self.two_passes()
+            && bytes <= KEPT_LOGITS * self.bytes()
+            && Queries::worth_keeping(isa, self);
+        if keep { blocks } else { Vec::new() }
     }
 
     /// Bytes of its keys.

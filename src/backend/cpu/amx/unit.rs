@@ -65,6 +65,7 @@ pub(super) fn release() {
     unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }
 
+#[inline(always)]
 pub(super) fn zero() {
     // SAFETY: the caller has a `Unit`, so tiles are configured; touches no memory.
     unsafe {
@@ -78,33 +79,57 @@ pub(super) fn zero() {
     }
 }
 
-/// Adds a step of the product of a block of rows and a block of columns.
-pub(super) fn add(steps: usize, step: usize, left: &[bf16], right: &[Line]) {
-    assert!(left.len() == BLOCK * steps * STEP && right.len() == steps * BLOCK && step < steps);
-    let stride = steps * size_of::<Line>();
-    // SAFETY: as in `zero`. Rows of tiles are a `Line` each: of `left` 32, `stride` apart, from the step's on,
-    // and of `right` 32 one after the other; all inside the slices by the assertion.
+/// Loads a step of a block of rows of the left operand.
+#[inline(always)]
+pub(super) fn load_left(steps: usize, step: usize, rows: &[bf16]) {
+    assert!(rows.len() == BLOCK * steps * STEP && step < steps);
+    // SAFETY: as in `zero`. Rows of tiles are a `Line` each, of which the rows have `steps`: 32, from the step's on,
+    // all inside the slice by the assertion.
     unsafe {
         asm!(
-            "tileloadd tmm4, [{left} + {stride} * 1]",
-            "tileloadd tmm6, [{right} + {line} * 1]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{right} + {line} * 1 + 1024]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm4, [{rows} + {stride} * 1]",
             "tileloadd tmm5, [{below} + {stride} * 1]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            left = in(reg) left.as_ptr().add(step * STEP),
-            below = in(reg) left.as_ptr().add((TILE * steps + step) * STEP),
-            right = in(reg) right.as_ptr().add(step * BLOCK),
-            stride = in(reg) stride,
+            rows = in(reg) rows.as_ptr().add(step * STEP),
+            below = in(reg) rows.as_ptr().add((TILE * steps + step) * STEP),
+            stride = in(reg) steps * size_of::<Line>(),
+            options(nostack, readonly),
+        );
+    }
+}
+
+/// Loads a step of a block of columns of the right operand.
+#[inline(always)]
+pub(super) fn load_right(columns: &[Line]) {
+    assert!(columns.len() == BLOCK);
+    // SAFETY: as in `zero`. Rows of tiles are a `Line` each, 32 one after the other.
+    unsafe {
+        asm!(
+            "tileloadd tmm6, [{columns} + {line} * 1]",
+            "tileloadd tmm7, [{columns} + {line} * 1 + 1024]",
+            columns = in(reg) columns.as_ptr(),
             line = in(reg) size_of::<Line>(),
             options(nostack, readonly),
         );
     }
 }
 
+/// Adds the product of what is loaded.
+#[inline(always)]
+pub(super) fn multiply() {
+    // SAFETY: as in `zero`.
+    unsafe {
+        asm!(
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            options(nostack, nomem)
+        );
+    }
+}
+
 /// Writes the block: 32 rows of 32, `pitch` apart.
+#[inline(always)]
 pub(super) fn store(to: &mut [f32], pitch: usize) {
     assert!(pitch >= BLOCK && to.len() >= (BLOCK - 1) * pitch + BLOCK);
     // SAFETY: as in `zero`. Rows of tiles are 64 bytes; two by two tiles are 32 rows of 128 bytes, `pitch` elements
@@ -124,6 +149,7 @@ pub(super) fn store(to: &mut [f32], pitch: usize) {
 }
 
 /// Has a cache line fetched; of no consequence where there is none.
+#[inline(always)]
 pub(super) fn prefetch(line: *const bf16) {
     // SAFETY: prefetches do not fault.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };

@@ -46,8 +46,8 @@ pub(super) struct Chunk<'a> {
     pub(super) head: &'a Head<'a>,
     pub(super) kept: &'a [Queries],
     pub(super) factors: &'a [Vec<Factors>],
-    /// Logits that pass 1 has kept, by block.
-    pub(super) logits: Option<&'a [&'a mut [f32]]>,
+    /// Logits that pass 1 has kept, by block; none if it has not.
+    pub(super) logits: &'a [&'a mut [f32]],
     pub(super) start: usize,
 }
 
@@ -110,10 +110,10 @@ impl Chunk<'_> {
             }
             let queries = Queries::of(self.kept.get(b), queries, self.isa, head, block);
             for panel in queries.panels() {
-                let logits = match self.logits {
+                let logits = match self.logits.get(b) {
                     Some(kept) => {
                         let pitch = queries.shape.width;
-                        let products = &kept[b][slots.start * pitch..slots.end * pitch];
+                        let products = &kept[slots.start * pitch..slots.end * pitch];
                         Logits { products, pitch, first: panel.start }
                     }
                     None => product.multiply(head, queries, &panel, slots.clone(), None),

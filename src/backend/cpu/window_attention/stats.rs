@@ -119,7 +119,7 @@ pub(super) fn row_stats(
             let seen = head.visible(block.end - 1);
             let piece = seen.div_ceil(pieces).next_multiple_of(PIECE);
             let width = Shape::new(head, &block).width;
-            let mut to = logits.get_mut(i).map(|blocks| std::mem::take(&mut blocks[b]));
+            let mut to = logits[i].get_mut(b).map(std::mem::take);
             for start in (0..seen).step_by(piece) {
                 let slots = start..seen.min(start + piece);
                 let part;
