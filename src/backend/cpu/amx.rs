@@ -7,13 +7,13 @@
 //!
 //! Source: Intel SDM, "Intel AMX".
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), path = "amx/absent.rs")]
 mod unit;
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use bytemuck::{Pod, Zeroable};
 use half::bf16;
@@ -31,13 +31,8 @@ const STEP: usize = 32;
 
 /// Whether the machine has the unit and the process may use it.
 pub(super) fn available() -> bool {
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    {
-        static AVAILABLE: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-        *AVAILABLE.get_or_init(unit::permitted)
-    }
-    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-    false
+    static AVAILABLE: OnceLock<bool> = OnceLock::new();
+    *AVAILABLE.get_or_init(unit::permitted)
 }
 
 /// bf16 that an element is the sum of.
@@ -265,7 +260,6 @@ impl Right {
 /// The unit, ready on this thread until this is dropped.
 pub(super) struct Unit(PhantomData<*const ()>);
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 thread_local! {
     /// How many [`Unit`]s there are.
     static OPEN: Cell<usize> = const { Cell::new(0) };
@@ -275,7 +269,6 @@ impl Unit {
     /// Only where it is [`available`].
     pub(super) fn open() -> Self {
         assert!(available(), "no tile unit");
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         if OPEN.replace(OPEN.get() + 1) == 0 {
             unit::configure();
         }
@@ -297,7 +290,6 @@ impl Unit {
         let blocks = b.lines.len() / (b.planes * b.steps * BLOCK);
         let b = &b.lines[block * b.planes * b.steps * BLOCK..][..b.planes * b.steps * BLOCK];
         let pairs = plane_pairs(a.planes, b.len() / (a.steps * BLOCK));
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         for m in 0..a.rows / BLOCK {
             let first = m * BLOCK * a.steps * STEP;
             // Loads of tiles are not foreseen by the machine: with each step, a share of the rows of the next operand.
@@ -330,7 +322,6 @@ impl Unit {
 
 impl Drop for Unit {
     fn drop(&mut self) {
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         if OPEN.replace(OPEN.get() - 1) == 1 {
             unit::release();
         }
