@@ -1,7 +1,7 @@
 //! Exact selection: what a contest over a layer, or over all layers, costs.
 //!
-//! Bound by memory: four reads of 4 bytes per slot and one write per kept slot, after one read of the scores and
-//! one write of the keys. Axes: length, heads, kept, ties. The result is checked once against a sort, then timed.
+//! Three reads of the scores at most (keys are not stored), and one write per kept slot: memory binds where they exceed
+//! the caches, counting digits where not. Axes: length, heads, kept, ties. The result is checked once against a sort, then timed.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use kvbudget::Ragged;

@@ -3,12 +3,12 @@
 //! In: q `[Hq, ≥W, D]`, k `[H, len, D]`; out `[H, len]` f32. Sources: SnapKV (the window), DefensiveKV
 //! (`row_pool`: its code pools every row and scales it back to its mass), H2O (`W = T`).
 //!
-//! Two passes over K, because a probability is final only when its row's denominator is known and storing
-//! `[Hq, W, len]` costs more memory than a second product costs time. Pass 1 finds the maximum and the sums
-//! of each row; pass 2 forms probabilities tile by tile and reduces them at once. With the prefill's
-//! log-sum-exp pass 1 is skipped, unless `row_pool` needs the mass that a row has on the past.
-//! Cost: `4·Hq·W·len·D` flops, two reads of K (the second from cache: heads are done a few at a time), and as many
-//! exponentials as probabilities, twice. Scratch per thread: a tile of K and its product with a block of queries.
+//! Two passes, because a probability is final only when its row's denominator is known. Pass 1 finds the maximum and the
+//! sums of each row; pass 2 forms probabilities tile by tile and reduces them at once. What passes between them: nothing
+//! where a second product costs less than memory (bf16 by the tile unit), else the logits, four times the keys at most. With
+//! the prefill's log-sum-exp pass 1 is skipped, unless `row_pool` needs the mass that a row has on the past.
+//! Cost: `2·Hq·W·len·D` flops, or twice that, a read of K each (the second from cache: heads are done a few at a time), and
+//! as many exponentials as probabilities, twice. Scratch per thread: a tile of K and its product with a panel of queries.
 //!
 //! Positions ascend, so the slots that a query sees are a prefix of the head, and so is the past. Every tile
 //! and piece has a size that follows from the shapes and the instruction set; partial results are joined in slot order:
