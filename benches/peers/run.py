@@ -194,10 +194,10 @@ class Bench:
         append = self.row("append, a token", self.mine("append"), "DynamicCache's cat", self.theirs(tuned.cat), "append")
         self.row("append, a token", self.mine("append"), "StaticCache's index_copy_", self.theirs(tuned.index_copy, calls=APPENDED), "append")
         self.rival("attend", "attend", f"{tuned.how_attend}, dense fifth", tuned.attend)
-        if kvpress.memory("attend") <= memory_available():
-            kvpress.layer() if not hasattr(kvpress.module, "masked_key_indices") else None
-            self.rival("attend", "attend", "kvpress's masked Ada", kvpress.attend)
-            kvpress.masked_keys = None
+        if kvpress.memory("attend") <= memory_available() and not hasattr(kvpress.module, "masked_key_indices"):
+            kvpress.layer()
+        self.rival("attend", "attend", "kvpress's masked Ada", kvpress.attend, kvpress.memory("attend"))
+        kvpress.masked_keys = None
         self.rival("dense", "dense", tuned.how_dense, tuned.dense)
         return append
 
