@@ -19,7 +19,7 @@ use bytemuck::{Pod, Zeroable};
 use half::bf16;
 
 use super::isa::{Arithmetic, Isa, Kernel};
-use super::{HostSlice, tile};
+use super::{HostSlice, intrinsics, tile};
 use crate::dtype::Dtype;
 use crate::view::Rows;
 
@@ -289,17 +289,18 @@ impl Unit {
         assert!(a.elements.len() == a.planes * plane, "rows of the left operand");
         let blocks = b.lines.len() / (b.planes * b.steps * BLOCK);
         let b = &b.lines[block * b.planes * b.steps * BLOCK..][..b.planes * b.steps * BLOCK];
+        let bytes = bytemuck::cast_slice(a.elements);
         let pairs = plane_pairs(a.planes, b.len() / (a.steps * BLOCK));
         for m in 0..a.rows / BLOCK {
             let first = m * BLOCK * a.steps * STEP;
             // Loads of tiles are not foreseen by the machine: with each step, a share of the rows of the next operand.
-            let ahead = a.elements.as_ptr_range().end.wrapping_add(first);
+            let ahead = bytes.len() + first * size_of::<bf16>();
             let mut lines = (block..BLOCK * a.steps).step_by(blocks);
             unit::zero();
             for step in 0..a.steps {
                 if a.in_place {
                     for line in lines.by_ref().take(BLOCK.div_ceil(blocks)) {
-                        unit::prefetch(ahead.wrapping_add(line * STEP));
+                        intrinsics::prefetch(bytes, ahead + line * size_of::<Line>());
                     }
                 }
                 let (mut left, mut right) = (None, None);

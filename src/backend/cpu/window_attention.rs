@@ -87,10 +87,10 @@ fn score(
     means: Option<Vec<&mut [f32]>>,
 ) {
     let kept: Vec<Vec<Queries>> = heads.par_iter().map(|head| head.kept(isa)).collect();
-    let room: usize = heads.iter().flat_map(|head| head.kept_logits(isa)).sum();
-    let logits = logits.first(room);
-    let stats = row_stats(isa, heads, &kept, by_block(isa, heads, logits));
-    let logits = by_block(isa, heads, logits);
+    let room: Vec<Vec<usize>> = heads.iter().map(|head| head.kept_logits(isa)).collect();
+    let logits = logits.first(room.iter().flatten().sum());
+    let stats = row_stats(isa, heads, &kept, by_block(&room, logits));
+    let logits = by_block(&room, logits);
     let factors: Vec<Vec<Vec<Factors>>> =
         heads.iter().zip(&stats).map(|(head, stats)| head.factors(stats)).collect();
     let mut means = means.into_iter().flatten();
@@ -116,13 +116,9 @@ fn score(
 }
 
 /// The part of each block of each head.
-fn by_block<'a>(
-    isa: Isa,
-    heads: &[Head<'_>],
-    mut logits: &'a mut [f32],
-) -> Vec<Vec<&'a mut [f32]>> {
-    let mut part = |n| logits.split_off_mut(..n).unwrap_or_default();
-    heads.iter().map(|head| head.kept_logits(isa).into_iter().map(&mut part).collect()).collect()
+fn by_block<'a>(room: &[Vec<usize>], mut logits: &'a mut [f32]) -> Vec<Vec<&'a mut [f32]>> {
+    let mut part = |&n: &usize| logits.split_off_mut(..n).unwrap_or_default();
+    room.iter().map(|blocks| blocks.iter().map(&mut part).collect()).collect()
 }
 
 /// One segment: what of it is scored, by which queries.

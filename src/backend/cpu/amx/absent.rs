@@ -15,4 +15,3 @@ pub(super) fn load_left(_steps: usize, _step: usize, _rows: &[bf16]) {}
 pub(super) fn load_right(_columns: &[Line]) {}
 pub(super) fn multiply() {}
 pub(super) fn store(_to: &mut [f32], _pitch: usize) {}
-pub(super) fn prefetch(_line: *const bf16) {}

@@ -1,12 +1,12 @@
 //! The tile unit's instructions. Tiles 0 to 3 are a block of the product, 4 and 5 of the left operand, 6 and 7 of the right one.
 //!
-//! `unsafe` because they have no stable intrinsics. All but [`permitted`] and [`prefetch`] are for holders of a
+//! `unsafe` because they have no stable intrinsics. All but [`permitted`] are for holders of a
 //! [`Unit`](super::Unit). Sources: Intel SDM, "Intel AMX"; the kernel's Documentation/arch/x86/xstate.rst for the permission
 //! that a process has to ask for.
 #![allow(unsafe_code, reason = "instructions without intrinsics")]
 
 use std::arch::asm;
-use std::arch::x86_64::{__cpuid_count, _MM_HINT_T0, _mm_prefetch, _xgetbv};
+use std::arch::x86_64::{__cpuid_count, _xgetbv};
 
 use half::bf16;
 
@@ -146,11 +146,4 @@ pub(super) fn store(to: &mut [f32], pitch: usize) {
             options(nostack),
         );
     }
-}
-
-/// Has a cache line fetched; of no consequence where there is none.
-#[inline(always)]
-pub(super) fn prefetch(line: *const bf16) {
-    // SAFETY: prefetches do not fault.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
 }
