@@ -25,6 +25,7 @@ pub(super) trait Arithmetic: Sized {
     fn splat(x: f32) -> Self::Vector;
     fn add(a: Self::Vector, b: Self::Vector) -> Self::Vector;
     fn mul(a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    fn abs(x: Self::Vector) -> Self::Vector;
     /// [`mul_add`](Self::mul_add) of each lane.
     fn fma(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
     /// [`greater`] of each lane.
@@ -80,6 +81,10 @@ macro_rules! arrays {
         #[inline(always)]
         fn mul(a: Lanes, b: Lanes) -> Lanes {
             lanes!(l => a[l] * b[l])
+        }
+        #[inline(always)]
+        fn abs(x: Lanes) -> Lanes {
+            lanes!(l => x[l].abs())
         }
         #[inline(always)]
         fn fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes {
@@ -160,6 +165,10 @@ mod wide {
         #[inline(always)]
         fn mul(a: __m512, b: __m512) -> __m512 {
             avx512!(_mm512_mul_ps(a, b))
+        }
+        #[inline(always)]
+        fn abs(x: __m512) -> __m512 {
+            avx512!(_mm512_abs_ps(x))
         }
         #[inline(always)]
         fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
@@ -245,6 +254,8 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// Dot products of bf16.
+    Avx512Bf16,
     /// The tile unit for bf16.
     Amx,
 }
@@ -261,7 +272,7 @@ impl Isa {
             if !(has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl")) {
                 return Self::Avx2;
             }
-            if super::amx::available() { Self::Amx } else { Self::Avx512 }
+            super::pairs::best().unwrap_or(Self::Avx512)
         }
         #[cfg(not(target_arch = "x86_64"))]
         Self::Portable
@@ -287,7 +298,7 @@ impl Isa {
                 Self::Avx2 => unsafe { avx2(kernel) },
                 #[allow(unsafe_code, reason = "measured: see benches/README.md")]
                 // SAFETY: as above.
-                Self::Avx512 | Self::Amx => unsafe { avx512(kernel) },
+                Self::Avx512 | Self::Avx512Bf16 | Self::Amx => unsafe { avx512(kernel) },
             }
         }
         #[cfg(target_arch = "aarch64")]

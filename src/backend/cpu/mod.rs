@@ -3,13 +3,13 @@
 //! It is the fallback everywhere and the reference that kernels are held to. Every reduction has a fixed
 //! order, so results do not depend on the number of threads.
 
-mod amx;
 mod attend;
 mod descent;
 mod intrinsics;
 mod isa;
 mod key_scores;
 mod lag;
+mod pairs;
 mod pool;
 mod rows;
 mod tile;
@@ -19,7 +19,7 @@ mod value_norm;
 mod window_attention;
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use half::{bf16, f16};
 
@@ -29,6 +29,7 @@ use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::ragged::Ragged;
 use crate::view::{LayerView, Storage};
+use tile::Aligned;
 
 pub use isa::Isa;
 
@@ -68,11 +69,16 @@ pub type HostLayer<'a> = LayerView<'a, HostSlice<'a>>;
 pub struct Cpu {
     pool: Option<Arc<rayon::ThreadPool>>,
     isa: Isa,
+    /// Memory for logits, from one call to the next: the first touch of a page costs more than what is done there.
+    logits: Arc<Mutex<Aligned>>,
 }
+
+/// Bytes of logits that are held between calls, at most.
+const HELD: usize = 64 << 20;
 
 impl Default for Cpu {
     fn default() -> Self {
-        Self { pool: None, isa: Isa::best() }
+        Self { pool: None, isa: Isa::best(), logits: Arc::default() }
     }
 }
 
@@ -90,6 +96,19 @@ impl Cpu {
     /// Uses no instructions beyond these, nor those that the machine lacks. Results agree to rounding.
     pub fn with_isa(self, isa: Isa) -> Self {
         Self { isa: isa.min(Isa::best()), ..self }
+    }
+
+    /// What is held for logits, if no other call has it.
+    fn take_logits(&self) -> Aligned {
+        self.logits.try_lock().map(|mut held| std::mem::take(&mut *held)).unwrap_or_default()
+    }
+
+    fn hold_logits(&self, logits: Aligned) {
+        if let Ok(mut held) = self.logits.try_lock()
+            && (held.bytes()..=HELD).contains(&logits.bytes())
+        {
+            *held = logits;
+        }
     }
 
     fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
@@ -136,7 +155,10 @@ impl Backend for Cpu {
         out: &mut Ragged<f32>,
         mean: Option<&mut Ragged<f32>>,
     ) -> Result<()> {
-        self.run(|| window_attention::run(self.isa, op, layers, out, mean))
+        let mut logits = self.take_logits();
+        let done = self.run(|| window_attention::run(self.isa, &mut logits, op, layers, out, mean));
+        self.hold_logits(logits);
+        done
     }
     fn pool(&self, op: &Pool<'_>, rows: &mut Ragged<f32>) -> Result<()> {
         self.run(|| pool::run(op, rows))

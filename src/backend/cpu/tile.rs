@@ -166,9 +166,14 @@ impl Aligned {
     /// The first `len`, whatever they hold.
     pub(super) fn first(&mut self, len: usize) -> &mut [f32] {
         if self.0.len() * LANES < len {
-            self.0.resize(len.div_ceil(LANES), Line([0.0; LANES]));
+            // New memory: nothing is to be copied.
+            self.0 = vec![Line([0.0; LANES]); len.div_ceil(LANES)];
         }
         &mut bytemuck::cast_slice_mut(&mut self.0)[..len]
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        size_of_val(self.0.as_slice())
     }
 }
 

@@ -5,14 +5,16 @@
 //! `hq`; out `[H, len]` f32. Source: CriticalKV ("vwl1norm").
 //!
 //! Cost: `2·Hq·D·hidden·len` flops, as much as the projection itself, so everything else is noise: tiles
-//! of values meet blocks of weights in the tile unit or in `gemm`, the product is summed and dropped. Weights are packed or
+//! of values meet blocks of weights in pairs of bf16 or in `gemm`, the product is summed and dropped. Weights are packed or
 //! widened anew for each tile, little beside the work, which spares a copy of the projection. The block sum is f32, the sum
 //! over blocks and heads f64, in a fixed order.
 
+use std::ops::RangeInclusive;
+
 use rayon::prelude::*;
 
-use super::amx::{self, Left, Packed, Right, Unit};
-use super::isa::{Arithmetic, Isa, Kernel, LANES, Lanes};
+use super::isa::{Arithmetic, Isa, Kernel, LANES};
+use super::pairs::{self, Left, Packed, Right, Unit};
 use super::tile::{self, Aligned, fold};
 use super::{HostLayer, value_gram};
 use crate::backend::check;
@@ -20,12 +22,12 @@ use crate::backend::ops::ValueNorm;
 use crate::error::Result;
 use crate::ragged::Ragged;
 
-/// Slots of a task.
-const TASK: usize = 1024;
+/// Slots of a task: for each, weights are read once.
+const TASK: RangeInclusive<usize> = 1024..=4096;
 /// Slots per tile and rows of the projection per block: in `gemm` their product stays in L2.
 const TILE: usize = 256;
 const BLOCK: usize = 256;
-/// Slots that meet the tile unit together: all that takes part stays in L1.
+/// Slots that are multiplied in pairs together: all that takes part stays in L1.
 const UNIT_TILE: usize = 64;
 
 pub(super) fn run(
@@ -43,14 +45,19 @@ pub(super) fn run(
 
 fn l1(isa: Isa, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
     let mut tasks = Vec::new();
-    for ((layer, head), row) in tile::segments(layers).zip(out.rows_mut()) {
+    let rows = out.rows_mut();
+    let slots: usize = rows.iter().map(|row| row.len()).sum();
+    let task = (slots / rayon::current_num_threads() / 4).clamp(*TASK.start(), *TASK.end());
+    for ((layer, head), row) in tile::segments(layers).zip(rows) {
         layer.o_proj("value norms")?;
-        for (i, out) in row.chunks_mut(TASK).enumerate() {
-            tasks.push((Values { layer, head, start: i * TASK }, out));
+        for (i, out) in row.chunks_mut(task).enumerate() {
+            tasks.push((Values { layer, head, start: i * task }, out));
         }
     }
     tasks.into_par_iter().try_for_each_init(Scratch::default, |scratch, (values, out)| {
-        if isa < Isa::Amx || !values.norms_by_unit(isa, scratch, out)? {
+        let weights = values.layer.o_proj("value norms")?.dtype();
+        let pairs = pairs::suit(isa, values.layer.v().dtype(), weights);
+        if !pairs || !values.norms_by_pairs(isa, scratch, out)? {
             values.norms(isa, scratch, out)?;
         }
         Ok(())
@@ -102,15 +109,15 @@ impl Values<'_> {
         Ok(())
     }
 
-    /// As [`norms`](Self::norms). False, and nothing written, if the unit cannot take what there is.
-    fn norms_by_unit(&self, isa: Isa, scratch: &mut Scratch, out: &mut [f32]) -> Result<bool> {
+    /// As [`norms`](Self::norms). False, and nothing written, if they do not split.
+    fn norms_by_pairs(&self, isa: Isa, scratch: &mut Scratch, out: &mut [f32]) -> Result<bool> {
         let Self { layer, head, start } = *self;
         let (weights, group) = (layer.o_proj("value norms")?, layer.shape().group());
         let (hidden, dim) = (weights.len(0), layer.shape().head_dim());
         let tiles = out.len().div_ceil(UNIT_TILE);
         let tile = |i: usize| start + i * UNIT_TILE..start + out.len().min((i + 1) * UNIT_TILE);
         let Scratch { weights: widened, products, packed, right, unit, .. } = scratch;
-        let unit = unit.get_or_insert_with(Unit::open);
+        let unit = unit.get_or_insert_with(|| Unit::open(isa));
         packed.resize_with(tiles, Packed::default);
         for (i, packed) in packed.iter_mut().enumerate() {
             if Left::in_place(layer.v(), head, tile(i)).is_none()
@@ -120,7 +127,7 @@ impl Values<'_> {
             }
         }
         let left = |i: usize| Left::in_place(layer.v(), head, tile(i)).unwrap_or(packed[i].left());
-        let mut sums = [0f64; TASK];
+        let mut sums = [0f64; *TASK.end()];
         for hq in head * group..(head + 1) * group {
             for from in (0..hidden).step_by(BLOCK) {
                 let rows = from..hidden.min(from + BLOCK);
@@ -130,7 +137,7 @@ impl Values<'_> {
                 }
                 for (i, sums) in sums.chunks_mut(UNIT_TILE).enumerate().take(tiles) {
                     let left = left(i);
-                    let products = products.first(UNIT_TILE * amx::BLOCK);
+                    let products = products.first(UNIT_TILE * pairs::BLOCK);
                     let columns = rows.len();
                     isa.run(UnitTile { unit, left, right, columns, products, sums });
                 }
@@ -189,20 +196,17 @@ impl Kernel for UnitTile<'_> {
     fn run<A: Arithmetic>(self) {
         let Self { unit, left, right, columns, products, sums } = self;
         let mut rows = [[0f32; LANES]; UNIT_TILE];
-        for (block, from) in (0..columns).step_by(amx::BLOCK).enumerate() {
-            unit.multiply(&left, right, block, products, amx::BLOCK);
-            // Padding may be NaN, where a value is infinite.
-            let width = amx::BLOCK.min(columns - from);
-            for (lanes, row) in rows.iter_mut().zip(products.chunks_exact(amx::BLOCK)) {
-                let whole: &[Lanes] = row.as_chunks().0;
-                if let (true, [a, b]) = (width == amx::BLOCK, whole) {
-                    for l in 0..LANES {
-                        lanes[l] += a[l].abs() + b[l].abs();
-                    }
-                    continue;
+        for (block, from) in (0..columns).step_by(pairs::BLOCK).enumerate() {
+            unit.multiply(&left, right, block, products, pairs::BLOCK);
+            let width = pairs::BLOCK.min(columns - from);
+            for (lanes, row) in rows.iter_mut().zip(products.chunks_exact_mut(pairs::BLOCK)) {
+                // Padding may be NaN, where a value is infinite.
+                row[width..].fill(0.0);
+                let mut sum = A::load(lanes);
+                for part in row.as_chunks().0 {
+                    sum = A::add(sum, A::abs(A::load(part)));
                 }
-                let used = row[..width].iter().enumerate();
-                used.for_each(|(c, x)| lanes[c % LANES] += x.abs());
+                A::store(sum, lanes);
             }
         }
         sums.iter_mut().zip(rows).for_each(|(sum, lanes)| *sum += f64::from(fold(lanes)));

@@ -24,7 +24,7 @@ use rayon::prelude::*;
 
 use super::isa::{Isa, LANES};
 use super::tile::Aligned;
-use super::{HostLayer, HostSlice, amx, tile};
+use super::{HostLayer, HostSlice, pairs, tile};
 use crate::backend::check;
 use crate::backend::ops::{Reduce, WindowAttention};
 use crate::error::{Error, Result};
@@ -41,7 +41,7 @@ const KEPT: usize = 4;
 /// Slots of a task of pass 2, rounded up to whole tiles.
 const CHUNK: usize = 1024;
 /// Keys, in bytes, that a thread's share of the caches holds from one pass to the next.
-const CACHED: usize = 4 << 20;
+const CACHED: usize = 1 << 20;
 /// Bytes of logits that are kept from one pass to the next, for each of keys.
 const KEPT_LOGITS: usize = 4;
 
@@ -49,6 +49,7 @@ const METHOD: &str = "window attention";
 
 pub(super) fn run(
     isa: Isa,
+    logits: &mut Aligned,
     op: &WindowAttention,
     layers: &[HostLayer<'_>],
     out: &mut Ragged<f32>,
@@ -60,7 +61,6 @@ pub(super) fn run(
     let mut rows = out.rows_mut().into_iter();
     let mut means = mean.map(|mean| mean.rows_mut().into_iter());
     let mut heads = heads.as_slice();
-    let mut logits = Aligned::default();
     while !heads.is_empty() {
         let mut bytes = 0;
         let room = CACHED * rayon::current_num_threads();
@@ -73,7 +73,7 @@ pub(super) fn run(
         heads = later;
         let means = means.as_mut().map(|rows| rows.take(now.len()).collect());
         let rows = rows.by_ref().take(now.len()).collect();
-        score(isa, now, &mut logits, rows, means);
+        score(isa, now, logits, rows, means);
     }
     Ok(())
 }
@@ -190,7 +190,7 @@ impl<'a> Head<'a> {
     /// Logits of each block, those of padding included, if they are kept: where products cost more than memory, and not
     /// those of long windows. Depends on the head alone, as results may.
     fn kept_logits(&self, isa: Isa) -> Vec<usize> {
-        let slots = self.visible(self.window() - 1).next_multiple_of(amx::BLOCK);
+        let slots = self.visible(self.window() - 1).next_multiple_of(pairs::BLOCK);
         let of = |block| slots * queries::Shape::new(self, &block).width;
         let blocks: Vec<usize> = self.blocks().map(of).collect();
         let bytes = blocks.iter().sum::<usize>() * size_of::<f32>();

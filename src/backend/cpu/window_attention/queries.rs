@@ -5,8 +5,8 @@
 
 use std::ops::Range;
 
-use super::super::amx::{self, Left, Packed, Right, Unit};
 use super::super::isa::{Isa, LANES, Lanes};
+use super::super::pairs::{self, Left, Packed, Right, Unit};
 use super::super::tile::{self, Aligned};
 use super::Head;
 use crate::dtype::Dtype;
@@ -17,8 +17,8 @@ pub(super) struct Queries {
     /// `[row, D]`, scaled by a power of two: exact, and enough to keep products finite.
     rows: Vec<f32>,
     packed: Right,
-    /// Whether the tile unit can take them.
-    splits: bool,
+    /// With which instructions pairs are multiplied, if at all.
+    by: Option<Isa>,
     pub(super) shape: Shape,
 }
 
@@ -37,17 +37,18 @@ impl Shape {
             true => block.len().next_multiple_of(LANES),
             false => block.len(),
         };
-        Self { width: (head.group * pitch).next_multiple_of(amx::BLOCK), pitch }
+        Self { width: (head.group * pitch).next_multiple_of(pairs::BLOCK), pitch }
     }
 }
 
-/// Slots that are multiplied at once: with the tile unit what takes part stays in L1 or next to it, without it a product pays for packing.
+/// Slots that are multiplied at once: in pairs what takes part stays in L1 or next to it, without them a product pays for packing.
 pub(super) fn tile(isa: Isa, head: &Head<'_>) -> usize {
-    match (isa, amx::planes(head.layer.k().dtype())) {
-        (Isa::Amx, 1) => 128,
-        (Isa::Amx, 2) => 64,
-        (Isa::Amx, _) => 32,
-        _ => 256,
+    let keys = head.layer.k().dtype();
+    match (pairs::suit(isa, keys, head.q.dtype()), pairs::planes(keys)) {
+        (true, 1) => 128,
+        (true, 2) => 64,
+        (true, _) => 32,
+        (false, _) => 256,
     }
 }
 
@@ -66,7 +67,9 @@ impl Queries {
         }
         let scale = power(dim);
         self.rows.iter_mut().for_each(|x| *x *= scale);
-        self.splits = isa == Isa::Amx && self.packed.load(head.q.dtype(), dim, &self.rows);
+        let pairs = pairs::suit(isa, head.layer.k().dtype(), head.q.dtype())
+            && self.packed.load(head.q.dtype(), dim, &self.rows);
+        self.by = pairs.then_some(isa);
     }
 
     /// The queries of a block: those that were kept, or loaded into `scratch`.
@@ -90,7 +93,7 @@ impl Queries {
 
     /// Rows that are multiplied at once.
     fn panel(&self) -> usize {
-        if self.splits { amx::BLOCK } else { self.shape.width }
+        if self.by.is_some() { pairs::BLOCK } else { self.shape.width }
     }
 
     /// Panels of rows, by their blocks of lanes.
@@ -142,13 +145,13 @@ impl Product {
         let Self { unit, packed, keys: widened, split, widened: ready, logits } = self;
         let (first, pitch, products) = match to {
             Some(kept) => (panel.start, queries.shape.width, kept),
-            None => (0, width, logits.first(slots.len().next_multiple_of(amx::BLOCK) * width)),
+            None => (0, width, logits.first(slots.len().next_multiple_of(pairs::BLOCK) * width)),
         };
         let len = slots.len() * pitch;
         let c = &mut products[first * LANES..];
         let mut by_unit = false;
-        if queries.splits {
-            let unit = unit.get_or_insert_with(Unit::open);
+        if let Some(isa) = queries.by {
+            let unit = unit.get_or_insert_with(|| Unit::open(isa));
             let block = panel.start * LANES / width;
             if let Some(left) = Left::in_place(keys, head.head, slots.clone()) {
                 unit.multiply(&left, &queries.packed, block, c, pitch);

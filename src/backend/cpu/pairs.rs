@@ -1,14 +1,18 @@
-//! Matrix products by the tile unit of recent Xeons (AMX): `c[m, n] = a[m, k] · b[n, k]ᵀ`, bf16 in, f32 out.
+//! Matrix products of bf16, which machines multiply in pairs: `c[m, n] = a[m, k] · b[n, k]ᵀ`, f32 out.
 //!
-//! The unit multiplies tiles of 16 rows by 64 bytes and does an order of magnitude more than vector units can. It knows
-//! bf16 only, so that other types go in as sums of bf16, their *planes*: an f16 is exactly two of them, an f32 three, 8
+//! The tile unit of recent Xeons (AMX) multiplies tiles of 16 rows by 64 bytes and does an order of magnitude more than vector
+//! units can; the dot products of AVX-512 do twice what its f32 vectors can. Both want the right operand in the same order.
+//! For the tile unit other types go in as sums of bf16, their *planes*: an f16 is exactly two of them, an f32 three, 8
 //! bits of the significand each. Products of planes below the last bit of an f32 are left out. Infinities do not
-//! split: rows that have some go elsewhere.
+//! split: rows that have some go elsewhere. With dot products, planes would cost more than f32 does.
 //!
 //! Source: Intel SDM, "Intel AMX".
 
-#[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), path = "amx/absent.rs")]
-mod unit;
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code, reason = "measured: see benches/README.md")]
+mod dots;
+#[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), path = "pairs/absent.rs")]
+mod tiles;
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -29,10 +33,32 @@ pub(super) const BLOCK: usize = 2 * TILE;
 /// bf16 in a row of a tile.
 const STEP: usize = 32;
 
-/// Whether the machine has the unit and the process may use it.
-pub(super) fn available() -> bool {
-    static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    *AVAILABLE.get_or_init(unit::permitted)
+/// Instructions that multiply pairs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum With {
+    Tiles,
+    Dots,
+}
+
+/// The best of the machine's instruction sets that multiply pairs.
+pub(super) fn best() -> Option<Isa> {
+    static BEST: OnceLock<Option<Isa>> = OnceLock::new();
+    *BEST.get_or_init(|| {
+        #[cfg(target_arch = "x86_64")]
+        if dots::available() {
+            return Some(if tiles::permitted() { Isa::Amx } else { Isa::Avx512Bf16 });
+        }
+        None
+    })
+}
+
+/// Whether pairs are the way to multiply matrices of these types.
+pub(super) fn suit(isa: Isa, left: Dtype, right: Dtype) -> bool {
+    match isa {
+        Isa::Amx => true,
+        Isa::Avx512Bf16 => left == Dtype::BF16 && right == Dtype::BF16,
+        Isa::Avx512 | Isa::Avx2 | Isa::Portable => false,
+    }
 }
 
 /// bf16 that an element is the sum of.
@@ -257,22 +283,23 @@ impl Right {
     }
 }
 
-/// The unit, ready on this thread until this is dropped.
-pub(super) struct Unit(PhantomData<*const ()>);
+/// The instructions, ready on this thread until this is dropped.
+pub(super) struct Unit(With, PhantomData<*const ()>);
 
 thread_local! {
-    /// How many [`Unit`]s there are.
+    /// How many [`Unit`]s of tiles there are.
     static OPEN: Cell<usize> = const { Cell::new(0) };
 }
 
 impl Unit {
-    /// Only where it is [`available`].
-    pub(super) fn open() -> Self {
-        assert!(available(), "no tile unit");
-        if OPEN.replace(OPEN.get() + 1) == 0 {
-            unit::configure();
+    /// Only where pairs [`suit`].
+    pub(super) fn open(isa: Isa) -> Self {
+        assert!(Some(isa) <= best(), "no instructions for pairs");
+        let with = if isa == Isa::Amx { With::Tiles } else { With::Dots };
+        if with == With::Tiles && OPEN.replace(OPEN.get() + 1) == 0 {
+            tiles::configure();
         }
-        Self(PhantomData)
+        Self(with, PhantomData)
     }
 
     /// `c[row][column]` of all rows of `a`, padding included, and a block of columns of `b`; rows of `c` are `pitch` apart.
@@ -288,43 +315,73 @@ impl Unit {
         let plane = a.rows * a.steps * STEP;
         assert!(a.elements.len() == a.planes * plane, "rows of the left operand");
         let blocks = b.lines.len() / (b.planes * b.steps * BLOCK);
-        let b = &b.lines[block * b.planes * b.steps * BLOCK..][..b.planes * b.steps * BLOCK];
-        let bytes = bytemuck::cast_slice(a.elements);
-        let pairs = plane_pairs(a.planes, b.len() / (a.steps * BLOCK));
+        let columns = &b.lines[block * b.planes * b.steps * BLOCK..][..b.planes * b.steps * BLOCK];
         for m in 0..a.rows / BLOCK {
-            let first = m * BLOCK * a.steps * STEP;
-            // Loads of tiles are not foreseen by the machine: with each step, a share of the rows of the next operand.
-            let ahead = bytes.len() + first * size_of::<bf16>();
-            let mut lines = (block..BLOCK * a.steps).step_by(blocks);
-            unit::zero();
-            for step in 0..a.steps {
-                if a.in_place {
-                    for line in lines.by_ref().take(BLOCK.div_ceil(blocks)) {
-                        intrinsics::prefetch(bytes, ahead + line * size_of::<Line>());
-                    }
-                }
-                let (mut left, mut right) = (None, None);
-                for &(p, q) in pairs {
-                    if left != Some(p) {
-                        let rows = &a.elements[p * plane + first..][..BLOCK * a.steps * STEP];
-                        unit::load_left(a.steps, step, rows);
-                    }
-                    if right != Some(q) {
-                        unit::load_right(&b[(q * a.steps + step) * BLOCK..][..BLOCK]);
-                    }
-                    (left, right) = (Some(p), Some(q));
-                    unit::multiply();
-                }
+            let c = &mut c[m * BLOCK * pitch..];
+            match self.0 {
+                With::Tiles => by_tiles(a, columns, m, block..blocks, c, pitch),
+                With::Dots => by_dots(a, columns, m, c, pitch),
             }
-            unit::store(&mut c[m * BLOCK * pitch..], pitch);
         }
     }
 }
 
+/// A block of the product, of the `m`-th block of rows. `turn` says which of how many blocks of columns it is.
+fn by_tiles(
+    a: &Left<'_>,
+    columns: &[Line],
+    m: usize,
+    turn: Range<usize>,
+    c: &mut [f32],
+    pitch: usize,
+) {
+    let bytes = bytemuck::cast_slice(a.elements);
+    let plane = a.rows * a.steps * STEP;
+    let pairs = plane_pairs(a.planes, columns.len() / (a.steps * BLOCK));
+    let first = m * BLOCK * a.steps * STEP;
+    // Loads of tiles are not foreseen by the machine: with each step, a share of the rows of the next operand.
+    let ahead = bytes.len() + first * size_of::<bf16>();
+    let mut lines = (turn.start..BLOCK * a.steps).step_by(turn.end);
+    tiles::zero();
+    for step in 0..a.steps {
+        if a.in_place {
+            for line in lines.by_ref().take(BLOCK.div_ceil(turn.end)) {
+                intrinsics::prefetch(bytes, ahead + line * size_of::<Line>());
+            }
+        }
+        let (mut left, mut right) = (None, None);
+        for &(p, q) in pairs {
+            if left != Some(p) {
+                let rows = &a.elements[p * plane + first..][..BLOCK * a.steps * STEP];
+                tiles::load_left(a.steps, step, rows);
+            }
+            if right != Some(q) {
+                tiles::load_right(&columns[(q * a.steps + step) * BLOCK..][..BLOCK]);
+            }
+            (left, right) = (Some(p), Some(q));
+            tiles::multiply();
+        }
+    }
+    tiles::store(c, pitch);
+}
+
+#[cfg(target_arch = "x86_64")]
+fn by_dots(a: &Left<'_>, columns: &[Line], m: usize, c: &mut [f32], pitch: usize) {
+    let length = BLOCK * a.steps * STEP;
+    assert!(a.planes == 1 && columns.len() == a.steps * BLOCK, "bf16");
+    #[allow(unsafe_code, reason = "measured: see benches/README.md")]
+    // SAFETY: `Unit::open` has asserted that the machine has the instructions.
+    unsafe {
+        dots::multiply(&a.elements[m * length..][..length], columns, c, pitch)
+    }
+}
+#[cfg(not(target_arch = "x86_64"))]
+fn by_dots(_: &Left<'_>, _: &[Line], _: usize, _: &mut [f32], _: usize) {}
+
 impl Drop for Unit {
     fn drop(&mut self) {
-        if OPEN.replace(OPEN.get() - 1) == 1 {
-            unit::release();
+        if self.0 == With::Tiles && OPEN.replace(OPEN.get() - 1) == 1 {
+            tiles::release();
         }
     }
 }
