@@ -101,7 +101,7 @@ fn compress(
     recent: &[Vec<Vec<f32>>],
 ) -> Result<()> {
     let held: Vec<&[Vec<Position>]> = caches.iter().map(FlatCache::positions).collect();
-    let sequence = Sequence { tokens, held: Some(&held) };
+    let sequence = Sequence { tokens, held: Some(&held), spans: None };
     let mut planner = Planner::new(cpu, policy, geometry, budget, &[sequence])?;
     for ((cache, recent), shape) in caches.iter().zip(recent).zip(geometry.layers()) {
         // [W][Hq, 1, D] as the rows of [Hq, W, D].

@@ -75,6 +75,7 @@ mod ragged;
 mod reference;
 pub mod score;
 pub mod select;
+mod spans;
 mod trigger;
 mod view;
 
@@ -90,5 +91,6 @@ pub use preset::{PRESETS, preset, profiled};
 pub use profile::Profile;
 pub use ragged::Ragged;
 pub use reference::{Reference, reference};
+pub use spans::{Span, SpanKind, Spans};
 pub use trigger::Trigger;
 pub use view::{LayerView, Layout, Rows, Run, Storage};

@@ -14,6 +14,7 @@ use crate::parameters::{Parameters, parameters};
 use crate::reference::Reference;
 use crate::score::{Needs, Scored, Scorer, ScorerConfig, segment_lens};
 use crate::select::{Align, Protect};
+use crate::spans::SpanKind;
 use crate::view::LayerView;
 
 /// CriticalKV's second stage, once every head's budget is known: the first part goes to the best by score,
@@ -323,6 +324,10 @@ impl Parameters for Protect {
             ("recent", self.recent.to_string()),
             ("recent_share", self.recent_share.to_string()),
             ("ranges", ranges.join(",")),
+            (
+                "protect_spans",
+                self.spans.iter().map(SpanKind::to_string).collect::<Vec<_>>().join(","),
+            ),
         ]
     }
     fn set(&mut self, key: &str, value: &str) -> Result<bool> {
@@ -346,6 +351,10 @@ impl Parameters for Protect {
                     .collect::<Option<_>>()
                     .ok_or_else(|| bad("ranges", "position ranges such as 0..20,64..80"))?;
                 self.validate()?;
+            }
+            "protect_spans" => {
+                let kinds = value.split(',').filter(|text| !text.trim().is_empty());
+                self.spans = kinds.map(|text| text.trim().parse()).collect::<Result<_>>()?;
             }
             _ => return Ok(false),
         }

@@ -8,6 +8,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::geometry::{LayerShape, MAX_LEN};
 use crate::ids::{KvHead, LayerId, Position};
+use crate::spans::Spans;
 
 /// Elements of one allocation: a slice on the CPU, a device pointer on CUDA.
 pub trait Storage: Copy {
@@ -237,7 +238,8 @@ impl<'a, S: Storage> Rows<'a, S> {
 }
 
 /// What one layer of one sequence lends for scoring: its cache and, where the method asks, queries,
-/// the output projection, the prefill's log-sum-exp, and the positions of an already compressed cache.
+/// the output projection, the prefill's log-sum-exp, the norms of hidden rows, the positions of an already compressed
+/// cache, and what its stretches are.
 #[derive(Debug, Clone, Copy)]
 pub struct LayerView<'a, S> {
     shape: LayerShape,
@@ -245,9 +247,12 @@ pub struct LayerView<'a, S> {
     k: Rows<'a, S>,
     v: Rows<'a, S>,
     q: Option<Rows<'a, S>>,
+    probe: Option<Rows<'a, S>>,
     o_proj: Option<Rows<'a, S>>,
     lse: Option<Rows<'a, S>>,
+    hidden_norms: Option<Rows<'a, S>>,
     positions: Option<&'a [Vec<Position>]>,
+    spans: Option<&'a Spans>,
 }
 
 impl<'a, S: Storage> LayerView<'a, S> {
@@ -270,7 +275,9 @@ impl<'a, S: Storage> LayerView<'a, S> {
                 });
             }
         }
-        Ok(Self { shape, tokens, k, v, q: None, o_proj: None, lse: None, positions: None })
+        let (q, probe, o_proj, lse, hidden_norms) = (None, None, None, None, None);
+        let (positions, spans) = (None, None);
+        Ok(Self { shape, tokens, k, v, q, probe, o_proj, lse, hidden_norms, positions, spans })
     }
 
     /// Queries `[Hq, W, D]` of the last `W` tokens, after RoPE.
@@ -285,6 +292,21 @@ impl<'a, S: Storage> LayerView<'a, S> {
             });
         }
         self.q = Some(q);
+        Ok(self)
+    }
+
+    /// Queries `[Hq, M, D]`, after RoPE, of tokens that probe the cache: run over it and rolled back, or masks of a diffusion
+    /// model. Each may look at all slots; their own keys are not among them, or are as those of any other token.
+    pub fn with_probe(mut self, probe: Rows<'a, S>) -> Result<Self> {
+        expect("probe query heads", self.shape.query_heads(), probe.heads())?;
+        expect("head dim of probe queries", self.shape.head_dim(), probe.dim())?;
+        for h in 1..probe.heads() {
+            expect("probe queries of a head", probe.len(0), probe.len(h))?;
+        }
+        if probe.heads() > 0 && probe.len(0) == 0 {
+            return Err(Error::Zero { what: "probe queries" });
+        }
+        self.probe = Some(probe);
         Ok(self)
     }
 
@@ -311,6 +333,33 @@ impl<'a, S: Storage> LayerView<'a, S> {
             });
         }
         self.lse = Some(lse);
+        Ok(self)
+    }
+
+    /// L2 norms of the rows that enter the layer's attention, one per token of the sequence, `[1, tokens, 1]` in f32.
+    /// Of the residual stream, or behind the norm before attention: the method says which it means.
+    pub fn with_hidden_norms(mut self, norms: Rows<'a, S>) -> Result<Self> {
+        expect("heads of the hidden norms", 1, norms.heads())?;
+        expect("hidden norms", self.tokens as usize, norms.len(0))?;
+        expect("columns of the hidden norms", 1, norms.dim())?;
+        if norms.dtype() != Dtype::F32 {
+            let (expected, got) = (Dtype::F32, norms.dtype());
+            return Err(Error::Dtype { what: "hidden norms", expected, got });
+        }
+        self.hidden_norms = Some(norms);
+        Ok(self)
+    }
+
+    /// What stretches of the sequence are. A planner adds those of its [`Sequence`](crate::Sequence).
+    pub fn with_spans(mut self, spans: &'a Spans) -> Result<Self> {
+        if spans.end() > self.tokens {
+            return Err(Error::TooLarge {
+                what: "end of a span",
+                got: spans.end().into(),
+                limit: self.tokens.into(),
+            });
+        }
+        self.spans = Some(spans);
         Ok(self)
     }
 
@@ -354,6 +403,10 @@ impl<'a, S: Storage> LayerView<'a, S> {
     pub fn q(&self, method: &'static str) -> Result<&Rows<'a, S>> {
         self.q.as_ref().ok_or(Error::Missing { method, what: "queries (q)" })
     }
+    /// Probe queries `[Hq, M, D]`, or the error that names the method in need.
+    pub fn probe(&self, method: &'static str) -> Result<&Rows<'a, S>> {
+        self.probe.as_ref().ok_or(Error::Missing { method, what: "probe queries (q_probe)" })
+    }
     /// Output projection `[1, hidden, Hq·D]`, or the error that names the method in need.
     pub fn o_proj(&self, method: &'static str) -> Result<&Rows<'a, S>> {
         self.o_proj
@@ -363,6 +416,16 @@ impl<'a, S: Storage> LayerView<'a, S> {
     /// Log-sum-exp of the query rows, if lent.
     pub fn lse(&self) -> Option<&Rows<'a, S>> {
         self.lse.as_ref()
+    }
+    /// Norms of hidden rows `[1, tokens, 1]`, or the error that names the method in need.
+    pub fn hidden_norms(&self, method: &'static str) -> Result<&Rows<'a, S>> {
+        self.hidden_norms
+            .as_ref()
+            .ok_or(Error::Missing { method, what: "norms of hidden rows (hidden_norms)" })
+    }
+    /// What stretches of the sequence are, or the error that names the method in need.
+    pub fn spans(&self, method: &'static str) -> Result<&'a Spans> {
+        self.spans.ok_or(Error::Missing { method, what: "spans of the sequence (spans)" })
     }
     /// Positions of a compressed cache, if it is one.
     pub fn positions(&self) -> Option<&'a [Vec<Position>]> {

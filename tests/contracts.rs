@@ -483,7 +483,7 @@ fn recompression_keeps_logical_positions() {
         config.scorer = ScorerConfig::Streaming(Streaming {});
         config.build::<Cpu>().unwrap()
     };
-    let sequence = Sequence { tokens, held: Some(&per_layer) };
+    let sequence = Sequence { tokens, held: Some(&per_layer), spans: None };
     let plan = |budget| {
         let mut planner = Planner::new(&cpu, &policy, &geometry, budget, &[sequence]).unwrap();
         let memory = vec![0f32; 400];

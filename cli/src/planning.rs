@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use kvbudget::backend::cpu::Cpu;
 use kvbudget::plan::Promise;
-use kvbudget::{Budget, Geometry, Plan, Planner, Policy, PolicyConfig};
+use kvbudget::{Budget, Geometry, Plan, Planner, Policy, PolicyConfig, Spans};
 
 use crate::dump::Dump;
 
@@ -30,7 +30,7 @@ pub fn plan<R: Read + Seek>(
     let policy: Policy<Cpu> = config.build()?;
     let geometry = dump.geometry().clone();
     let start = Instant::now();
-    let mut planner = Planner::new(cpu, &policy, &geometry, budget, &[dump.tokens()])?;
+    let mut planner = Planner::new(cpu, &policy, &geometry, budget, &[dump.sequence()])?;
     let mut time = start.elapsed();
     for l in 0..geometry.layers().len() {
         let layer = dump.layer(l, false)?;
@@ -42,7 +42,7 @@ pub fn plan<R: Read + Seek>(
     let start = Instant::now();
     let plan = planner.finish()?.remove(0);
     time += start.elapsed();
-    verify(&plan, &geometry, config, budget)?;
+    verify(&plan, &geometry, config, budget, dump.header().spans.as_ref())?;
     Ok(Planned { plan, time })
 }
 
@@ -55,20 +55,26 @@ pub fn probe<R: Read + Seek>(
 ) -> Result<()> {
     let policy: Policy<Cpu> = config.build()?;
     let geometry = dump.geometry().clone();
-    let mut planner = Planner::new(cpu, &policy, &geometry, budget, &[dump.tokens()])?;
+    let mut planner = Planner::new(cpu, &policy, &geometry, budget, &[dump.sequence()])?;
     planner.push(&[dump.layer(0, false)?.view()?])?;
     Ok(())
 }
 
 /// What the policy promised must hold, and the budget must be met to the slot. Published codes in
 /// reference mode round as they please: their plans are held to their own sums.
-fn verify(plan: &Plan, geometry: &Geometry, config: &PolicyConfig, budget: Budget) -> Result<()> {
+fn verify(
+    plan: &Plan,
+    geometry: &Geometry,
+    config: &PolicyConfig,
+    budget: Budget,
+    spans: Option<&Spans>,
+) -> Result<()> {
     let exact = budget.resolve(geometry, u64::from(plan.tokens));
     let promise = match config.reference {
         Some(_) => Promise { budget: Some(Budget::Slots(plan.slots)), ..Promise::default() },
         None => Promise {
             budget: Some(budget),
-            protected: protected(config, geometry, exact, plan.tokens),
+            protected: protected(config, geometry, exact, plan.tokens, spans),
             unit: config.align.unit,
             held: None,
         },
@@ -90,6 +96,8 @@ fn protected(
     geometry: &Geometry,
     slots: u64,
     tokens: u32,
+    spans: Option<&Spans>,
 ) -> Vec<Range<u32>> {
-    config.protect.for_budget(slots / geometry.heads() as u64).positions(tokens)
+    let protect = config.protect.for_budget(slots / geometry.heads() as u64);
+    protect.for_spans(spans.unwrap_or(&Spans::default())).positions(tokens)
 }

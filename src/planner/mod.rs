@@ -108,6 +108,12 @@ impl<'a, B: Backend> Planner<'a, B> {
         let l = self.pushed.len();
         self.check_views(l, layers)?;
         let layer = LayerId(l as u32);
+        let described =
+            layers.iter().zip(&self.sequences).map(|(view, state)| match &state.spans {
+                Some(spans) => view.with_spans(spans),
+                None => Ok(*view),
+            });
+        let layers = &described.collect::<Result<Vec<_>>>()?;
         let config = &self.policy.config;
         if let Some(reference) = config.reference {
             let scored =

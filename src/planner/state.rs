@@ -13,6 +13,7 @@ use crate::plan::Report;
 use crate::policy::Policy;
 use crate::select::align::units;
 use crate::select::protect::{Protect, count};
+use crate::spans::Spans;
 
 /// A sequence to plan for.
 #[derive(Debug, Clone, Copy)]
@@ -21,12 +22,14 @@ pub struct Sequence<'a> {
     pub tokens: u32,
     /// Positions its heads hold, `[layer][head]`, if it has been compressed before.
     pub held: Option<&'a [&'a [Vec<Position>]]>,
+    /// What stretches of it are, for policies that ask.
+    pub spans: Option<&'a Spans>,
 }
 
 impl From<u32> for Sequence<'_> {
     /// A dense sequence of so many tokens.
     fn from(tokens: u32) -> Self {
-        Self { tokens, held: None }
+        Self { tokens, held: None, spans: None }
     }
 }
 
@@ -97,6 +100,7 @@ pub(super) struct State {
     pub(super) segments: Vec<Segment>,
     pub(super) shares: Vec<Share>,
     pub(super) report: Report,
+    pub(super) spans: Option<Spans>,
     /// Shares of the segments as a profile has them.
     pub(super) profile: Option<Vec<f32>>,
 }
@@ -121,6 +125,11 @@ impl State {
         if u64::from(tokens) > MAX_LEN {
             return Err(Error::TooLarge { what: "tokens", got: tokens.into(), limit: MAX_LEN });
         }
+        let spans = sequence.spans.cloned();
+        if let Some(end) = spans.as_ref().map(Spans::end).filter(|&end| end > tokens) {
+            let (got, limit) = (end.into(), tokens.into());
+            return Err(Error::TooLarge { what: "end of a span", got, limit });
+        }
         let config = &policy.config;
         let mut segments = Vec::with_capacity(geometry.heads());
         for (l, shape) in geometry.layers().iter().enumerate() {
@@ -138,6 +147,7 @@ impl State {
         let slots = budget_slots.min(available);
         let slots_per_head = slots / segments.len().max(1) as u64;
         let protect = config.protect.for_budget(slots_per_head);
+        let protect = protect.for_spans(spans.as_ref().unwrap_or(&Spans::default()));
         let lens: Vec<u64> = segments.iter().map(|s| u64::from(s.len)).collect();
         let everything = |s: &Segment| protect.slots(tokens, u64::MAX, |r| s.indices_of(r));
         let protected: Vec<u64> = segments.iter().map(|s| count(&everything(s))).collect();
@@ -163,7 +173,7 @@ impl State {
             }
             _ => None,
         };
-        Ok(Self { tokens, recent, slots_per_head, segments, shares, report, profile })
+        Ok(Self { tokens, recent, slots_per_head, segments, shares, report, spans, profile })
     }
 }
 

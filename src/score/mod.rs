@@ -88,8 +88,14 @@ pub enum Queries {
 pub struct Needs {
     /// Queries, after RoPE.
     pub queries: Queries,
+    /// Queries of a probe: tokens run over the cache and rolled back, or masks.
+    pub probe: bool,
     /// The output projection.
     pub o_proj: bool,
+    /// Norms of hidden rows.
+    pub hidden_norms: bool,
+    /// What stretches of the sequence are.
+    pub spans: bool,
     /// Scores of a second pass: see [`Reconstruction`].
     pub second_pass: bool,
 }

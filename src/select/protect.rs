@@ -10,6 +10,7 @@ use std::ops::Range;
 use crate::budget::Fraction;
 use crate::error::{Error, Result};
 use crate::geometry::MAX_LEN;
+use crate::spans::{SpanKind, Spans};
 
 /// What must not be evicted, by position.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -27,6 +28,8 @@ pub struct Protect {
     pub recent_share: Fraction,
     /// Position ranges that the caller names: a system prompt, a frame, an answer format.
     pub ranges: Vec<Range<u32>>,
+    /// Kinds of spans, wherever the sequence has such.
+    pub spans: Vec<SpanKind>,
 }
 
 impl Protect {
@@ -46,6 +49,12 @@ impl Protect {
     pub fn for_budget(&self, slots_per_head: u64) -> Self {
         let share = self.recent_share.of(slots_per_head).min(MAX_LEN) as u32;
         Self { recent: self.recent.max(share), ..self.clone() }
+    }
+
+    /// The same, with the sequence's spans of protected kinds as ranges.
+    pub fn for_spans(&self, spans: &Spans) -> Self {
+        let named = self.spans.iter().flat_map(|&kind| spans.of(kind));
+        Self { ranges: self.ranges.iter().cloned().chain(named).collect(), ..self.clone() }
     }
 
     /// Protected position ranges of a sequence of `tokens` tokens, ascending and disjoint.

@@ -8,12 +8,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::{Read, Seek, SeekFrom};
 
 use anyhow::{Context, Result, bail, ensure};
-use kvbudget::{Dtype, Geometry, LayerShape, MAX_LEN};
+use kvbudget::{Dtype, Geometry, LayerShape, MAX_LEN, Spans};
 use safetensors::tensor::Metadata;
 
 /// A header holds a line per tensor and some metadata; more than this is hostile or no dump.
 const MAX_HEADER: u64 = 16 << 20;
-const KINDS: [&str; 7] = ["k", "v", "q", "o_proj", "q_next", "k_next", "v_next"];
+const KINDS: [&str; 9] =
+    ["k", "v", "q", "q_probe", "o_proj", "hidden_norms", "q_next", "k_next", "v_next"];
 
 /// A validated header.
 #[derive(Debug, Clone)]
@@ -24,6 +25,8 @@ pub struct Header {
     pub tokens: u32,
     /// Tensors of each layer.
     pub layers: Vec<LayerTensors>,
+    /// What stretches of the context are, if the dump says.
+    pub spans: Option<Spans>,
     /// Free text that came with the dump, sorted by key.
     pub metadata: BTreeMap<String, String>,
     /// Size of the file.
@@ -39,8 +42,12 @@ pub struct LayerTensors {
     pub v: TensorInfo,
     /// Queries of the last tokens.
     pub q: TensorInfo,
+    /// Queries of a probe.
+    pub q_probe: Option<TensorInfo>,
     /// Output projection.
     pub o_proj: Option<TensorInfo>,
+    /// Norms of hidden rows.
+    pub hidden_norms: Option<TensorInfo>,
     /// Queries, keys and values of the tokens that followed.
     pub next: Option<[TensorInfo; 3]>,
 }
@@ -92,8 +99,11 @@ impl Header {
         );
         let (geometry, tokens, layers) = layers(&meta, 8 + size)?;
         let metadata = meta.metadata().iter().flatten();
-        let metadata = metadata.map(|(key, value)| (key.clone(), value.clone())).collect();
-        Ok(Self { geometry, tokens, layers, metadata, file_bytes })
+        let metadata: BTreeMap<String, String> =
+            metadata.map(|(key, value)| (key.clone(), value.clone())).collect();
+        version(&metadata)?;
+        let spans = spans(&metadata, tokens)?;
+        Ok(Self { geometry, tokens, layers, spans, metadata, file_bytes })
     }
 
     /// Tokens after the context that the dump holds.
@@ -106,7 +116,8 @@ impl LayerTensors {
     /// All tensors of the layer.
     pub fn iter(&self) -> impl Iterator<Item = &TensorInfo> {
         let next = self.next.iter().flatten();
-        [&self.k, &self.v, &self.q].into_iter().chain(&self.o_proj).chain(next)
+        let optional = [&self.q_probe, &self.o_proj, &self.hidden_norms].into_iter().flatten();
+        [&self.k, &self.v, &self.q].into_iter().chain(optional).chain(next)
     }
 }
 
@@ -134,7 +145,8 @@ fn layers(meta: &Metadata, data_start: u64) -> Result<(Geometry, u32, Vec<LayerT
             None => bail!("tensor \"l{layer}.{kind}\" is missing"),
         };
         let (k, v, q) = (need("k")?, need("v")?, need("q")?);
-        let o_proj = tensors.remove("o_proj");
+        let (q_probe, o_proj) = (tensors.remove("q_probe"), tensors.remove("o_proj"));
+        let hidden_norms = tensors.remove("hidden_norms");
         let next = match tensors.is_empty() {
             true => None,
             false => {
@@ -148,13 +160,32 @@ fn layers(meta: &Metadata, data_start: u64) -> Result<(Geometry, u32, Vec<LayerT
                 Some([need("q_next")?, need("k_next")?, need("v_next")?])
             }
         };
-        let layer = LayerTensors { k, v, q, o_proj, next };
+        let layer = LayerTensors { k, v, q, q_probe, o_proj, hidden_norms, next };
         shapes.push(layer_shape(&layer)?);
         same_as_first(layers.first().unwrap_or(&layer), &layer)?;
         layers.push(layer);
     }
     let (dtype, tokens) = (layers[0].k.dtype, layers[0].k.shape[1]);
     Ok((Geometry::new(shapes, dtype)?, tokens, layers))
+}
+
+/// Versions that this code reads. Files of others would be misread.
+fn version(metadata: &BTreeMap<String, String>) -> Result<()> {
+    match metadata.get("version").map(String::as_str) {
+        None | Some("1" | "2") => Ok(()),
+        Some(other) => bail!("the dump has version {other:?}; expected 1 or 2"),
+    }
+}
+
+fn spans(metadata: &BTreeMap<String, String>, tokens: u32) -> Result<Option<Spans>> {
+    let Some(text) = metadata.get("spans") else { return Ok(None) };
+    let spans: Spans = text.parse().context("metadata \"spans\"")?;
+    ensure!(
+        spans.end() <= tokens,
+        "metadata \"spans\" ends at {}, the context at {tokens}",
+        spans.end()
+    );
+    Ok(Some(spans))
 }
 
 fn parse_name(name: &str) -> Result<(u32, &'static str)> {
@@ -193,7 +224,11 @@ fn tensor(
         safetensors::Dtype::BF16 => Dtype::BF16,
         other => bail!("tensor {name:?} has dtype {other:?}; expected F32, F16 or BF16"),
     };
-    let dims = if name.ends_with(".o_proj") { 2 } else { 3 };
+    let dims = match name.rsplit('.').next() {
+        Some("o_proj") => 2,
+        Some("hidden_norms") => 1,
+        _ => 3,
+    };
     ensure!(
         info.shape.len() == dims,
         "tensor {name:?} has shape {:?}; expected {dims} dimensions",
@@ -227,6 +262,19 @@ fn layer_shape(layer: &LayerTensors) -> Result<LayerShape> {
         let columns =
             query_heads.checked_mul(dim).context("query heads times head dim overflow")?;
         expect_shape(o_proj, &[o_proj.shape[0], columns])?;
+    }
+    if let Some(probe) = &layer.q_probe {
+        expect_shape(probe, &[query_heads, probe.shape[1], dim])?;
+    }
+    if let Some(norms) = &layer.hidden_norms {
+        expect_shape(norms, &[tokens])?;
+        ensure!(
+            norms.dtype == Dtype::F32,
+            "tensor {:?} has dtype {}; expected {}",
+            norms.name,
+            norms.dtype,
+            Dtype::F32
+        );
     }
     if let Some([q, k, v]) = &layer.next {
         let next = q.shape[1];
@@ -276,9 +324,12 @@ fn same_as_first(first: &LayerTensors, layer: &LayerTensors) -> Result<()> {
         next(layer) == next(first),
         "{name:?}: every layer must hold the same number of next tokens, or none"
     );
-    ensure!(
-        layer.o_proj.is_some() == first.o_proj.is_some(),
-        "{name:?}: o_proj must be there for every layer or for none"
-    );
+    let optional =
+        |l: &LayerTensors| [l.q_probe.is_some(), l.o_proj.is_some(), l.hidden_norms.is_some()];
+    for ((kind, here), there) in
+        ["q_probe", "o_proj", "hidden_norms"].iter().zip(optional(layer)).zip(optional(first))
+    {
+        ensure!(here == there, "{name:?}: {kind} must be there for every layer or for none");
+    }
     Ok(())
 }

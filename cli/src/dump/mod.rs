@@ -13,7 +13,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use kvbudget::backend::cpu::{HostLayer, HostSlice};
-use kvbudget::{Geometry, LayerShape, LayerView, Rows};
+use kvbudget::{Geometry, LayerShape, LayerView, Rows, Sequence};
 
 pub use header::{Header, LayerTensors, TensorInfo};
 pub use tensor::Tensor;
@@ -34,8 +34,12 @@ pub struct Layer {
     pub v: Tensor,
     /// Queries `[Hq, W, D]` of the last `W` tokens.
     pub q: Tensor,
+    /// Queries `[Hq, M, D]` of a probe.
+    pub q_probe: Option<Tensor>,
     /// Output projection `[hidden, Hq·D]`.
     pub o_proj: Option<Tensor>,
+    /// Norms `[T]` of hidden rows.
+    pub hidden_norms: Option<Tensor>,
     /// The tokens that really followed, where they were asked for.
     pub next: Option<Next>,
 }
@@ -76,6 +80,11 @@ impl<R: Read + Seek> Dump<R> {
         &self.header.geometry
     }
 
+    /// The context as a sequence to plan for.
+    pub fn sequence(&self) -> Sequence<'_> {
+        Sequence { tokens: self.tokens(), held: None, spans: self.header.spans.as_ref() }
+    }
+
     /// Tokens of the context.
     pub fn tokens(&self) -> u32 {
         self.header.tokens
@@ -90,13 +99,20 @@ impl<R: Read + Seek> Dump<R> {
             }
             _ => None,
         };
+        let mut optional = |info: &Option<TensorInfo>| -> Result<Option<Tensor>> {
+            info.as_ref().map(|info| self.tensor(info)).transpose()
+        };
+        let (q_probe, o_proj) = (optional(&info.q_probe)?, optional(&info.o_proj)?);
+        let hidden_norms = optional(&info.hidden_norms)?;
         Ok(Layer {
             shape: self.header.geometry.layers()[l],
             tokens: self.header.tokens,
             k: self.tensor(&info.k)?,
             v: self.tensor(&info.v)?,
             q: self.tensor(&info.q)?,
-            o_proj: info.o_proj.as_ref().map(|t| self.tensor(t)).transpose()?,
+            q_probe,
+            o_proj,
+            hidden_norms,
             next,
         })
     }
@@ -114,16 +130,21 @@ impl<R: Read + Seek> Dump<R> {
 impl Layer {
     /// The layer as the planner takes it.
     pub fn view(&self) -> kvbudget::Result<HostLayer<'_>> {
-        let view = LayerView::new(self.shape, self.tokens, self.k.rows()?, self.v.rows()?)?
+        let mut view = LayerView::new(self.shape, self.tokens, self.k.rows()?, self.v.rows()?)?
             .with_queries(self.q.rows()?)?;
-        match &self.o_proj {
-            None => Ok(view),
-            Some(o_proj) => {
-                let columns = (self.shape.query_heads() * self.shape.head_dim()) as u32;
-                let hidden = o_proj.shape()[0];
-                view.with_output_projection(Rows::heads_first(o_proj.slice(), 1, hidden, columns)?)
-            }
+        if let Some(probe) = &self.q_probe {
+            view = view.with_probe(probe.rows()?)?;
         }
+        if let Some(norms) = &self.hidden_norms {
+            view = view.with_hidden_norms(Rows::heads_first(norms.slice(), 1, self.tokens, 1)?)?;
+        }
+        if let Some(o_proj) = &self.o_proj {
+            let columns = (self.shape.query_heads() * self.shape.head_dim()) as u32;
+            let hidden = o_proj.shape()[0];
+            let o_proj = Rows::heads_first(o_proj.slice(), 1, hidden, columns)?;
+            view = view.with_output_projection(o_proj)?;
+        }
+        Ok(view)
     }
 
     /// Heads and head dim.

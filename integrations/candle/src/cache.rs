@@ -205,7 +205,7 @@ impl BudgetCache {
         let Settings { cpu, geometry, o_proj, .. } = &self.settings;
         let sequence = &self.batch.sequences[sequence];
         let held = sequence.held();
-        let described = Sequence { tokens: sequence.tokens(), held: held.as_deref() };
+        let described = Sequence { tokens: sequence.tokens(), held: held.as_deref(), spans: None };
         let planner = |&budget| Planner::new(cpu, policy, geometry, budget, &[described]);
         let planners = budgets.iter().map(planner).collect::<kvbudget::Result<Vec<_>>>();
         let mut planners = planners.map_err(Error::wrap)?;

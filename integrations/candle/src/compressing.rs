@@ -75,7 +75,7 @@ impl<'c> Compressing<'c> {
             });
             let held: Option<Vec<&[Vec<Position>]>> =
                 held.as_ref().map(|layers| layers.iter().map(Vec::as_slice).collect());
-            let described = Sequence { tokens: end, held: held.as_deref() };
+            let described = Sequence { tokens: end, held: held.as_deref(), spans: None };
             let planner =
                 Planner::new(cpu, policy, geometry, *budget, &[described]).map_err(Error::wrap)?;
             let config = policy.config();
