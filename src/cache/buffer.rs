@@ -8,7 +8,7 @@ use std::hint::black_box;
 
 use memmap2::MmapMut;
 
-use crate::backend::cpu::HostSlice;
+use crate::backend::cpu::{HostSlice, prefetch};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::view::Rows;
@@ -145,6 +145,16 @@ pub(super) fn copy_rows(dst: &mut [u8], src: &Rows<'_, HostSlice<'_>>, head: usi
                 out.copy_from_slice(&bytes[(run.start + i * run.stride) * size..][..row]);
             }
         }
+    }
+}
+
+/// Asks for a row that is copied soon.
+pub(super) fn prefetch_row(src: &Rows<'_, HostSlice<'_>>, head: usize, slot: usize) {
+    const LINE: usize = 64;
+    let size = src.dtype().size();
+    let start = src.start(head, slot) * size;
+    for at in (0..src.dim() * size).step_by(LINE) {
+        prefetch(bytes_of(src.storage()), start + at);
     }
 }
 

@@ -4,7 +4,7 @@
 
 use rayon::prelude::*;
 
-use super::buffer::copy_rows;
+use super::buffer::{copy_rows, prefetch_row};
 use super::slots::{Held, Slots, expect};
 use crate::backend::cpu::{HostLayer, HostSlice};
 use crate::error::Result;
@@ -14,6 +14,8 @@ use crate::view::Rows;
 
 /// Bytes that a thread copies at a time: enough to forget the scheduling, few enough to share out evenly.
 const PIECE_BYTES: usize = 256 << 10;
+/// Rows that are asked for before they are copied: what is kept lies too far apart for the machine to foresee.
+const AHEAD: usize = 16;
 
 /// A layer and what is kept of it. Kept positions ascend and are held.
 pub(super) struct Source<'a> {
@@ -62,6 +64,11 @@ impl<'a> Source<'a> {
         let row = src.dim() * src.dtype().size();
         let end = first + bytes.len() / row;
         for m in self.held[head].moves(self.kept[head], first, end) {
+            if let (Held::Dense(_), Some(next)) =
+                (self.held[head], self.kept[head].get(m.to + AHEAD))
+            {
+                prefetch_row(src, head, next.index());
+            }
             let at = (m.to - first) * row;
             copy_rows(&mut bytes[at..at + m.rows * row], src, head, m.from);
         }

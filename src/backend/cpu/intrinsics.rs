@@ -69,7 +69,7 @@ fn folds_avx512(x: &[[f32; 16]; 16], out: &mut [f32; 16]) {
 
 /// Asks for the cache line of a byte that is read soon; one beyond the end may be another operand's, or nothing's.
 #[inline(always)]
-pub(super) fn prefetch(bytes: &[u8], at: usize) {
+pub(crate) fn prefetch(bytes: &[u8], at: usize) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
