@@ -327,6 +327,7 @@ fn signatures() -> Vec<ptx::tests::Signature> {
         append::signatures(),
         gather::signatures(),
         pool::signatures(),
+        projection::signatures(),
         rows::signatures(),
         selection::signatures(),
         top_k::signatures(),

@@ -256,7 +256,9 @@ pub fn golden<D: TestDevice>(device: &D) {
     ] {
         let op = Projection { window: 2, row_pool, anchor: std::slice::from_ref(&anchor), ..PLAIN };
         let scores = run(device, &op, std::slice::from_ref(&layer)).expect("scores");
-        assert_eq!(scores.len(0), 12, "one score per slot");
+        let layers = std::slice::from_ref(&layer);
+        let expected = Expected { want: oracle(&op, layers), baseline: oracle(&op, layers) };
+        expected.check(&(row_pool, anchor.clone()), Ok(scores.clone()), Scale::Row);
         let slots = &scores.row(0)[anchor.start as usize..anchor.end as usize];
         let pairs = slots.chunks(2).map(|pair| pair.iter().sum::<f32>()).collect();
         // To the digits that are given.
