@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use kvbudget::backend::ops::{Pool, Pooling, Projection};
 
-use super::{Float, Matrix, WindowHead, dot, log_sum_exp, num, pool, ratio, sum};
+use super::{Float, Matrix, WindowHead, dot, log_sum_exp, pool, ratio, sum};
 
 /// One score per slot of a head with values `[T][D]`.
 pub fn projection<F: Float>(
@@ -28,11 +28,14 @@ pub fn projection<F: Float>(
                 pool(&Pool { kind: Pooling::Max, kernel, lens: &[] }, &mut a);
             }
             let anchor = anchor.start as usize..anchor.end as usize;
-            let y: Vec<F> =
+            let mut y: Vec<F> =
                 (0..q[at].len()).map(|d| sum(anchor.clone().map(|t| a[t] * v[t][d]))).collect();
-            let norm = if op.normalise { dot(&y, &y).sqrt() } else { num(1) };
+            if op.normalise {
+                let norm = dot(&y, &y).sqrt();
+                y.iter_mut().for_each(|x| *x = ratio(*x, norm));
+            }
             for (t, score) in scores.iter_mut().enumerate() {
-                *score = *score + ratio(a[t] * dot(&v[t], &y), norm);
+                *score = *score + a[t] * dot(&v[t], &y);
             }
         }
     }

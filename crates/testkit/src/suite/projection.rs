@@ -214,7 +214,7 @@ pub fn non_finite<D: TestDevice>(device: &D) {
         let key = |row, x| Layer { k: clean.k.with_row_scaled(1, row, &[x]), ..clean.clone() };
         let value = |row, x| Layer { v: clean.v.with_row_scaled(1, row, &[x]), ..clean.clone() };
         let queries = clean.q.as_ref().expect("generated");
-        let query = Some(queries.with_row_scaled(0, 3, &[f64::NAN]));
+        let query = Layer { q: Some(queries.with_row_scaled(0, 3, &[f64::NAN])), ..clean.clone() };
         let layers = [
             ("NaN key", key(5, f64::NAN)),
             ("infinite key", key(5, f64::INFINITY)),
@@ -222,12 +222,17 @@ pub fn non_finite<D: TestDevice>(device: &D) {
             ("NaN value outside", value(0, f64::NAN)),
             ("infinite value in the anchor", value(20, f64::INFINITY)),
             ("infinite value outside", value(49, f64::INFINITY)),
-            ("NaN query", Layer { q: query, ..clean.clone() }),
+            ("NaN query", query.clone()),
         ];
         for (name, layer) in layers {
             for op in every_kind(8) {
                 check(device, (name, dtype), &op, std::slice::from_ref(&layer));
             }
+        }
+        // Nothing is read: the row's weights alone are NaN, and those of neighbours that they are pooled with.
+        for op in every_kind(8) {
+            let op = Projection { anchor: &[0..0, 9..9], ..op };
+            check_anchor(device, dtype, &op, std::slice::from_ref(&query));
         }
     }
 }
