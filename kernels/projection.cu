@@ -17,11 +17,13 @@
 // shared memory, where each thread pools those of one row. What they multiply, values and outputs, stays f32, as its digits matter: no
 // tensor cores there. Everything is added in an order that follows from the shapes alone.
 // Source: AnDPro (NeurIPS 2025), its sums over chunks taken apart: out = rowsum(a^T * (V y^T)).
-// gates: projection_*_64 HMMA.16816.F32==32 HMMA.16816.F32.BF16==16 FFMA>=128 LDS.128>=8 MUFU.EX2==16 registers<=255
+// gates: projection_*_64 HMMA.16816.F32==32 HMMA.16816.F32.BF16==16 FFMA>=128 MUFU.EX2==16
+// gates: projection_*_128 HMMA.16816.F32==64 HMMA.16816.F32.BF16==32 FFMA>=128 MUFU.EX2==16
+// gates: projection_*_256 HMMA.16816.F32==128 HMMA.16816.F32.BF16==64 FFMA>=64 MUFU.EX2==16
+// gates: projection_*_f32 FFMA>=128 MUFU.EX2==16 registers<=168
+// gates: projection_read_* LDS.64>=8 LDS.128>=2 LDG.E.128.CONSTANT STG.E.128 registers<=255
+// gates: projection_score_* LDS.128>=8 LDG.E.128.CONSTANT registers<=255
 // gates: projection_score_64 registers<=168
-// gates: projection_*_128 HMMA.16816.F32==64 HMMA.16816.F32.BF16==32 FFMA>=128 LDS.128>=8 MUFU.EX2==16 registers<=255
-// gates: projection_*_256 HMMA.16816.F32==128 HMMA.16816.F32.BF16==64 FFMA>=64 LDS.128>=8 MUFU.EX2==16 registers<=255
-// gates: projection_*_f32 FFMA>=128 LDS.128>=8 MUFU.EX2==16 registers<=168
 // gates: projection_outputs DADD DFMA STG.E
 #include "window_attention.cuh"
 
