@@ -40,15 +40,6 @@ struct Arguments {
     u32 chunk, radius, gap, flags;
 };
 
-// The larger; NaN if either is.
-struct Greatest {
-    __device__ static float of(float a, float b) {
-        float greater;
-        asm("max.NaN.f32 %0, %1, %2;" : "=f"(greater) : "f"(a), "f"(b));
-        return greater;
-    }
-};
-
 __device__ inline float reduce(bool max, float a, float b) { return max ? Greatest::of(a, b) : a + b; }
 
 // Maximum, and sums relative to it, of a row's exponentials to base two.
@@ -262,11 +253,8 @@ template <class T, u32 D, bool MAX> __device__ inline void scores(const Argument
         const Query& query = arg.queries[segment.query + index / segment.window];
         float minus, factor, inverse;
         if (query.lse.base && !pooled) {
-            float lse = *reinterpret_cast<const float*>(query.lse.at(query.lse_first + w, arg.pages));
-            minus = lse * LOG2_E;
-            // Rounding the logarithm would cost a large one its last digits.
-            float rest = fmaf(lse, LOG2_E, -minus) + lse * LOG2_E_REST;
-            factor = inverse = fabsf(lse) < INFINITE ? fmaf(-rest, LN_2, 1.0f) : 1.0f;
+            Lent lent(query, w, arg.pages);
+            minus = lent.minus, factor = inverse = lent.factor;
         } else {
             float4 row = sight.scored > 0 ? arg.stats[segment.stats + index] : make_float4(0, 0, 0, 0);
             minus = row.x, inverse = row.y, factor = pooled ? row.z : row.y;

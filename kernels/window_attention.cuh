@@ -1,4 +1,4 @@
-// What the kernels of window_attention.cu are made of: which query rows a block has, what a row sees, and the product of
+// What the kernels of window_attention.cu and projection.cu are made of: which query rows a block has, what a row sees, and the product of
 // 32 query rows with 16 keys while tiles of keys stream through shared memory.
 #pragma once
 #include "device.cuh"
@@ -60,6 +60,15 @@ struct Sight {
     }
 };
 
+// The larger; NaN if either is.
+struct Greatest {
+    __device__ static float of(float a, float b) {
+        float greater;
+        asm("max.NaN.f32 %0, %1, %2;" : "=f"(greater) : "f"(a), "f"(b));
+        return greater;
+    }
+};
+
 // Which rows a block has. Rows are numbered head after head of the group, then by window token. A unit is what is reduced
 // as one: all rows, or the rows of a query head if window and group are reduced differently. Warps belong to one unit; a
 // block has several small units, or 128 rows of a large one.
@@ -87,6 +96,20 @@ struct Block {
 // What is stored. One kernel is for both 16-bit types, which differ in the instruction of the product only: half the PTX.
 struct Bits16 {};
 struct F32 {};
+
+// With a log-sum-exp lent: what is subtracted from a row's logits to base two, and the factor from exponential to
+// probability.
+struct Lent {
+    float minus, factor;
+
+    __device__ Lent(const Query& query, u32 w, const u32* pages) {
+        float lse = *reinterpret_cast<const float*>(query.lse.at(query.lse_first + w, pages));
+        minus = lse * LOG2_E;
+        // Rounding the logarithm would cost a large one its last digits.
+        float rest = fmaf(lse, LOG2_E, -minus) + lse * LOG2_E_REST;
+        factor = fabsf(lse) < INFINITE ? fmaf(-rest, LN_2, 1.0f) : 1.0f;
+    }
+};
 
 // Tiles of keys in shared memory. Rows are an odd number of 16-byte chunks apart: eight rows at one chunk, what ldmatrix
 // reads in a phase, lie in eight different groups of four banks. f32 takes any dim up to D.

@@ -10,10 +10,10 @@ use crate::error::{Error, Result};
 use crate::policy::{PolicyConfig, TwoStage};
 use crate::profile::Profile;
 use crate::score::{
-    Defensive, H2o, KNorm, KeyDiff, LagKv, Random, Reach, Reconstruct, ScorerConfig, SnapKv,
-    Streaming, Tova,
+    AnDPro, Defensive, H2o, KNorm, KeyDiff, LagKv, Random, Reach, Reconstruct, ScorerConfig,
+    SnapKv, Streaming, Tova,
 };
-use crate::select::Protect;
+use crate::select::{Align, Protect};
 
 /// Names of the presets that need nothing but what a prefill leaves behind. Beside them there is `reconstruct`, which
 /// needs a second pass ([`Reconstruction`](crate::score::Reconstruction)), and [`profiled`], which needs a profile.
@@ -27,6 +27,7 @@ pub const PRESETS: &[&str] = &[
     "ada-criticalkv",
     "defensivekv",
     "layer-defensivekv",
+    "andpro",
     "tova",
     "knorm",
     "keydiff",
@@ -68,6 +69,15 @@ pub fn preset(name: &str) -> Result<PolicyConfig> {
                 heads: self::ada(0, 1),
                 layers: if name == "defensivekv" { Layers::Uniform } else { Layers::Global },
                 ..plain(ScorerConfig::Defensive(scorer))
+            }
+        }
+        "andpro" => {
+            let scorer = AnDPro::default();
+            PolicyConfig {
+                protect: Protect { sinks: scorer.sinks, ..recent(scorer.window) },
+                heads: self::ada(0, 1),
+                align: Align { unit: 4, ..Align::default() },
+                ..plain(ScorerConfig::AnDPro(scorer))
             }
         }
         "tova" => PolicyConfig { protect: recent(1), ..plain(ScorerConfig::Tova(Tova {})) },

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::AttendView;
-use super::ops::{Lag, Pool, TopK, WindowAttention};
+use super::ops::{Lag, Pool, Projection, TopK, WindowAttention};
 use crate::error::{Error, Result};
 use crate::ragged::Ragged;
 use crate::view::{LayerView, Storage};
@@ -81,6 +81,24 @@ pub(super) fn window_attention<S: Storage>(
     }
     segments(layers, out)?;
     mean.map_or(Ok(()), |mean| segments(layers, mean))
+}
+
+pub(super) fn projection<S: Storage>(
+    op: &Projection<'_>,
+    layers: &[LayerView<'_, S>],
+    out: &impl Lens,
+) -> Result<()> {
+    if op.window == 0 {
+        return Err(Error::Zero { what: "observation window" });
+    }
+    op.row_pool.map_or(Ok(()), |kernel| odd("row_pool", kernel))?;
+    segments(layers, out)?;
+    expect("anchors", out.rows(), op.anchor.len())?;
+    for (s, anchor) in op.anchor.iter().enumerate() {
+        within("slots of an anchor", out.len(s), anchor.end.max(anchor.start) as usize)?;
+        within("start of an anchor", anchor.end as usize, anchor.start as usize)?;
+    }
+    Ok(())
 }
 
 pub(super) fn pool(op: &Pool<'_>, rows: &impl Lens) -> Result<()> {

@@ -19,7 +19,7 @@ use std::ops::Range;
 use crate::error::Result;
 use crate::ragged::Ragged;
 use crate::view::{LayerView, Rows, Storage};
-use ops::{Attend, Lag, NormScale, Pool, Positional, TopK, ValueNorm, WindowAttention};
+use ops::{Attend, Lag, NormScale, Pool, Positional, Projection, TopK, ValueNorm, WindowAttention};
 
 /// The query rows, keys and values of one [`Backend::attend`] call for one sequence.
 #[derive(Debug, Clone, Copy)]
@@ -66,6 +66,13 @@ pub trait Backend: Send + Sync {
         layers: &[LayerView<'_, Self::Storage<'_>>],
         out: &mut Self::Floats,
         mean: Option<&mut Self::Floats>,
+    ) -> Result<()>;
+    /// How far each slot's value reaches along what the last queries read, into `out`, `[H, len]` per view.
+    fn projection(
+        &self,
+        op: &Projection<'_>,
+        layers: &[LayerView<'_, Self::Storage<'_>>],
+        out: &mut Self::Floats,
     ) -> Result<()>;
     /// Smooths rows over neighbouring slots, in place.
     fn pool(&self, op: &Pool<'_>, rows: &mut Self::Floats) -> Result<()>;

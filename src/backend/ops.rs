@@ -57,6 +57,25 @@ pub struct WindowAttention {
     pub gap: u32,
 }
 
+/// How far each slot's value reaches along what the last queries read.
+///
+/// `score[t] = Σ_g Σ_w A[hq, w, t] · (v[t] · y[hq, w])` with `y[hq, w] = Σ_{t in anchor} A[hq, w, t] · v[t]` for the query
+/// heads hq of the group, and `A` the softmax rows of [`WindowAttention`] over all slots, zero at those that a query does not
+/// see. Negative where a value points away from what is read. Finite or NaN: what is not finite makes, as sums and
+/// products do, all scores of its head NaN, but a value outside the anchor only its own.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Projection<'a> {
+    /// Query rows used: the last ones of the observation, all of them for sequences no longer than that.
+    pub window: u32,
+    /// Each row's weights are its maxima over this odd number of neighbouring slots, also those that the query does not see;
+    /// windows shrink at the ends of the head.
+    pub row_pool: Option<u32>,
+    /// Divide each `y` by its length; a `y` of zeros stays.
+    pub normalise: bool,
+    /// Slots of each segment that are read.
+    pub anchor: &'a [Range<u32>],
+}
+
 /// Smoothing over neighbouring slots.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Pool<'a> {

@@ -1,6 +1,7 @@
 //! Scorers: which slots matter. One file per method, each written once for all devices out of backend
 //! operations; a larger score is kept longer, NaN ranks lowest.
 
+mod andpro;
 mod defensive;
 mod h2o;
 mod keys;
@@ -10,6 +11,7 @@ mod reconstruct;
 mod snapkv;
 mod streaming;
 
+pub use andpro::{AnDPro, Anchor};
 pub use defensive::Defensive;
 pub use h2o::H2o;
 pub use keys::{KNorm, KeyDiff};
@@ -158,6 +160,8 @@ pub enum ScorerConfig {
     Tova(Tova),
     /// Worst-case window attention.
     Defensive(Defensive),
+    /// Projection of values on the window's outputs.
+    AnDPro(AnDPro),
     /// Attention of all queries.
     H2o(H2o),
     /// Position only.
@@ -183,6 +187,7 @@ macro_rules! each {
             ScorerConfig::SnapKv($scorer) => $use,
             ScorerConfig::Tova($scorer) => $use,
             ScorerConfig::Defensive($scorer) => $use,
+            ScorerConfig::AnDPro($scorer) => $use,
             ScorerConfig::H2o($scorer) => $use,
             ScorerConfig::Streaming($scorer) => $use,
             ScorerConfig::Random($scorer) => $use,

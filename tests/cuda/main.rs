@@ -8,6 +8,7 @@ mod launched;
 mod mutants;
 mod planner;
 mod pooled;
+mod projection;
 mod reference;
 mod speed;
 mod window_attention;

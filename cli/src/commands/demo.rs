@@ -15,9 +15,10 @@ use crate::{eval, plot, policies, stored};
 
 static SAMPLE: &[u8] = include_bytes!("../../sample/smollm2.safetensors");
 /// All presets but h2o, which needs the queries of every token.
-const POLICIES: [&str; 14] = [
+const POLICIES: [&str; 15] = [
     "layer-defensivekv",
     "defensivekv",
+    "andpro",
     "ada-criticalkv",
     "criticalkv",
     "ada-snapkv",

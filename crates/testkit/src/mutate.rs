@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvbudget::backend::cpu::{Cpu, HostSlice};
 use kvbudget::backend::ops::{
-    Attend, Lag, NormScale, Pool, Positional, TopK, ValueNorm, WindowAttention,
+    Attend, Lag, NormScale, Pool, Positional, Projection, TopK, ValueNorm, WindowAttention,
 };
 use kvbudget::backend::{AttendView, Backend};
 use kvbudget::{LayerView, Ragged, Result};
@@ -258,6 +258,7 @@ impl Backend for Tampered {
         counted mass_count(thresholds: &[f32], caps: &[u32], mass: &Ragged<f32>) -> Result<Vec<u32>>;
         counted selected(selection: &Ragged<u32>) -> Result<Vec<u32>>;
         in_place pool(op: &Pool<'_>) -> Result<()>;
+        in_place projection(op: &Projection<'_>, layers: Layers<'_, '_>) -> Result<()>;
         in_place value_norm(op: ValueNorm, layers: Layers<'_, '_>) -> Result<()>;
         in_place scale_norms(op: NormScale, layers: Layers<'_, '_>) -> Result<()>;
         in_place key_norm(layers: Layers<'_, '_>) -> Result<()>;

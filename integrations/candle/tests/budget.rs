@@ -112,6 +112,7 @@ fn compressed_equals_masked_attention() -> Result<()> {
         // Tova wants heads of equal lengths when it compresses again.
         let text = if policy.name == "tova" { "12/head" } else { "30%" };
         let budget: Budget = text.parse().expect("a budget");
+        let unit = policy.align.unit;
         let mut cache = cache(&model, policy, text)?;
         let mut masked = MaskedAttention::new(&geometry, PROMPTS.len());
         let mut pair = Pair::new(&model);
@@ -119,7 +120,9 @@ fn compressed_equals_masked_attention() -> Result<()> {
         let compress = |cache: &mut BudgetCache, masked: &mut MaskedAttention| -> Result<()> {
             for (i, plan) in cache.compress()?.iter().enumerate() {
                 let sequence = &cache.sequences()[i];
-                assert_eq!(plan.slots, budget.resolve(&geometry, plan.tokens.into()));
+                let wanted = budget.resolve(&geometry, plan.tokens.into());
+                // Whole chunks may leave some of it.
+                assert!(plan.slots == wanted || unit > 1 && plan.slots < wanted, "{plan:?}");
                 assert_eq!((sequence.slots(), sequence.bytes_reserved()), (plan.slots, plan.bytes));
                 masked.apply(i, plan);
             }
@@ -237,8 +240,10 @@ fn peak_is_budget_and_one_layer() -> Result<()> {
     let layer = geometry.bytes(tokens) / LAYERS as u64;
     for policy in policies() {
         let (cache, plans, _) = prefilled(&model, policy.clone(), &[alone], true)?;
-        let whole = budget.resolve(&geometry, tokens) * geometry.slot_bytes(kvbudget::LayerId(0));
-        assert_eq!(plans[0].bytes, whole);
+        let whole = plans[0].bytes;
+        let wanted = budget.resolve(&geometry, tokens) * geometry.slot_bytes(kvbudget::LayerId(0));
+        // Whole chunks may leave some of it.
+        assert!(whole == wanted || policy.align.unit > 1 && whole < wanted, "{}", policy.name);
         let peak = cache.peak_bytes();
         assert!((whole..=whole + layer).contains(&peak), "{}: {peak}", policy.name);
 

@@ -11,6 +11,7 @@ mod key_scores;
 mod lag;
 mod pairs;
 mod pool;
+mod projection;
 mod rows;
 mod tile;
 mod top_k;
@@ -23,7 +24,9 @@ use std::sync::{Arc, Mutex};
 
 use half::{bf16, f16};
 
-use super::ops::{Attend, Lag, NormScale, Pool, Positional, TopK, ValueNorm, WindowAttention};
+use super::ops::{
+    Attend, Lag, NormScale, Pool, Positional, Projection, TopK, ValueNorm, WindowAttention,
+};
 use super::{AttendView, Backend, check};
 use crate::dtype::Dtype;
 use crate::error::Result;
@@ -160,6 +163,14 @@ impl Backend for Cpu {
         let done = self.run(|| window_attention::run(self.isa, &mut logits, op, layers, out, mean));
         self.hold_logits(logits);
         done
+    }
+    fn projection(
+        &self,
+        op: &Projection<'_>,
+        layers: &[HostLayer<'_>],
+        out: &mut Ragged<f32>,
+    ) -> Result<()> {
+        self.run(|| projection::run(self.isa, op, layers, out))
     }
     fn pool(&self, op: &Pool<'_>, rows: &mut Ragged<f32>) -> Result<()> {
         self.run(|| pool::run(op, rows))

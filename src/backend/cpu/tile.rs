@@ -107,12 +107,17 @@ pub(super) fn matmul_nt_to(k: usize, a: &[f32], b: &[f32], c: &mut [f32], pitch:
 
 /// `c[n, n] = a[k, n]ᵀ · a`, as [`matmul_nt`].
 pub(super) fn gram(n: usize, a: &[f32], c: &mut [f32]) {
-    let k = a.len() / n;
-    assert!(a.len() == k * n && c.len() == n * n, "shapes of a Gram matrix");
-    product([n, n, k], a, [n, 1], a, [1, n], c, n);
+    matmul_tn([n, n], a, a, c);
 }
 
-/// `c[m, n] = a[m, k] · b[k, n]`, with the distances of columns and of rows in `a` and `b`. Checked by the two above: all
+/// `c[m, n] = a[k, m]ᵀ · b[k, n]`, as [`matmul_nt`].
+pub(super) fn matmul_tn([m, n]: [usize; 2], a: &[f32], b: &[f32], c: &mut [f32]) {
+    let k = a.len() / m;
+    assert!(a.len() == k * m && b.len() == k * n && c.len() == m * n, "operands of a product");
+    product([m, n, k], a, [m, 1], b, [1, n], c, n);
+}
+
+/// `c[m, n] = a[m, k] · b[k, n]`, with the distances of columns and of rows in `a` and `b`. Checked by those above: all
 /// elements lie inside their slices.
 fn product(
     [m, n, k]: [usize; 3],

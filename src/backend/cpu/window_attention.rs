@@ -14,6 +14,7 @@
 //! and piece has a size that follows from the shapes and the instruction set; partial results are joined in slot order:
 //! the number of threads does not change a bit.
 
+mod probabilities;
 mod queries;
 mod reduce;
 mod stats;
@@ -30,6 +31,7 @@ use crate::backend::ops::{Reduce, WindowAttention};
 use crate::error::{Error, Result};
 use crate::ragged::Ragged;
 use crate::view::Rows;
+pub(super) use probabilities::Attention;
 use queries::{Product, Queries};
 use reduce::{Chunk, Factors};
 use stats::{Stat, row_stats};
@@ -288,7 +290,7 @@ impl<'a> Head<'a> {
 
 /// A thread's buffers.
 #[derive(Default)]
-struct Scratch {
+pub(super) struct Scratch {
     queries: Queries,
     product: Product,
     scores: reduce::Sums,

@@ -21,6 +21,7 @@ mod lists;
 mod mass_count;
 mod output;
 mod pool;
+mod projection;
 mod ptx;
 mod rank;
 mod rows;
@@ -36,7 +37,9 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::ops::{Attend, Lag, NormScale, Pool, Positional, TopK, ValueNorm, WindowAttention};
+use super::ops::{
+    Attend, Lag, NormScale, Pool, Positional, Projection, TopK, ValueNorm, WindowAttention,
+};
 use super::{AttendView, Backend, check};
 use crate::dtype::{Dtype, Element};
 use crate::error::Result;
@@ -218,6 +221,14 @@ impl Backend for Cuda {
     ) -> Result<()> {
         window_attention::run(self, op, layers, out, mean)
     }
+    fn projection(
+        &self,
+        op: &Projection<'_>,
+        layers: &[DeviceLayer<'_>],
+        out: &mut Floats,
+    ) -> Result<()> {
+        projection::run(self, op, layers, out)
+    }
     fn pool(&self, op: &Pool<'_>, rows: &mut Floats) -> Result<()> {
         pool::run(self, op, rows)
     }
@@ -316,6 +327,7 @@ fn signatures() -> Vec<ptx::tests::Signature> {
         append::signatures(),
         gather::signatures(),
         pool::signatures(),
+        projection::signatures(),
         rows::signatures(),
         selection::signatures(),
         top_k::signatures(),

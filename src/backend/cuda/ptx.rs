@@ -16,6 +16,7 @@ pub(super) const FILES: &[(&str, &str)] = files! {
     "lag"
     "mass_count"
     "pool"
+    "projection"
     "rank"
     "rows"
     "top_k"

@@ -13,8 +13,9 @@ use super::views::{HeadRows, Heads};
 use super::{Cuda, DeviceLayer, Floats, check};
 use crate::backend::ops::WindowAttention;
 use crate::error::{Error, Result};
+use plan::flags;
 pub(super) use plan::{Head, Plan, Query, Segment};
-use plan::{Part, flags};
+pub(super) use plan::{Part, limit};
 
 const METHOD: &str = "window attention";
 
@@ -72,6 +73,76 @@ pub(super) struct Operands {
     pub means: Ptr<Ptr<f32>>,
 }
 
+/// What a launch of any pass takes.
+struct Passes<'a> {
+    driver: &'a Arc<Driver>,
+    plan: &'a Plan,
+    operands: &'a Operands,
+    stats: Ptr<[f32; 4]>,
+    planes: Ptr<f32>,
+}
+
+impl<'a> Passes<'a> {
+    fn new(
+        driver: &'a Arc<Driver>,
+        plan: &'a Plan,
+        operands: &'a Operands,
+        workspace: Ptr<u8>,
+    ) -> Self {
+        let stats = Ptr::<[f32; 4]>::at(workspace.address);
+        let planes = Ptr::<f32>::at(workspace.address + plan.stats_bytes() as u64);
+        Self { driver, plan, operands, stats, planes }
+    }
+
+    fn pass(&self, part: &Part, kernel: &Pass, shape: plan::Shape, flags: u32) -> Result<()> {
+        let Operands { queries, keys, pages, lengths, ends, out, means, .. } = *self.operands;
+        let chunks = part.longest.div_ceil(shape.chunk) as usize;
+        let mut grid = Grid::new(chunks, part.count, shape.threads);
+        grid.blocks.2 = shape.blocks;
+        let arguments = (
+            self.operands.segments.add(part.first),
+            queries,
+            keys,
+            pages,
+            lengths,
+            ends,
+            self.stats,
+            out,
+            means,
+            self.planes,
+            shape.chunk,
+            self.plan.radius,
+            self.plan.gap,
+            flags | part.template.flags,
+        );
+        kernel.launch(self.driver, part.template.variant, grid, arguments)
+    }
+
+    /// Pass 1, if it is needed.
+    fn statistics(&self, part: &Part) -> Result<()> {
+        let Some(sums) = part.sums else { return Ok(()) };
+        let Plan { radius, flags, .. } = *self.plan;
+        self.pass(part, &LSE, sums, flags)?;
+        let Operands { segments, queries, lengths, ends, .. } = *self.operands;
+        let grid = Grid::new(part.rows.div_ceil(128) as usize, part.count, 128);
+        let segments = segments.add(part.first);
+        let arguments = (segments, queries, lengths, ends, self.stats, sums.chunk, radius, flags);
+        ROWS.launch(self.driver, "", grid, arguments)
+    }
+}
+
+/// Pass 1 alone, for kernels of other files: the statistics of all rows, at the start of the workspace, of which it needs
+/// [`Plan::stats_bytes`].
+pub(super) fn statistics(
+    driver: &Arc<Driver>,
+    plan: &Plan,
+    operands: &Operands,
+    workspace: Ptr<u8>,
+) -> Result<()> {
+    let passes = Passes::new(driver, plan, operands, workspace);
+    plan.parts.iter().try_for_each(|part| passes.statistics(part))
+}
+
 /// Scores every head of a plan. Allocates nothing, copies nothing, waits for nothing: lengths may have changed on the device
 /// since the plan was made, up to [`Head::longest`].
 pub(super) fn launch(
@@ -80,52 +151,26 @@ pub(super) fn launch(
     operands: &Operands,
     workspace: Ptr<u8>,
 ) -> Result<()> {
-    let Operands { queries, keys, pages, lengths, ends, out, means, .. } = *operands;
-    let stats = Ptr::<[f32; 4]>::at(workspace.address);
-    let planes = Ptr::<f32>::at(workspace.address + plan.stats * size_of::<[f32; 4]>() as u64);
+    let passes = Passes::new(driver, plan, operands, workspace);
     let Plan { radius, gap, flags, .. } = *plan;
     for part in &plan.parts {
-        let Part { longest, count, .. } = *part;
-        let segments = operands.segments.add(part.first);
-        let pass = |kernel: &Pass, shape: plan::Shape, flags: u32| {
-            let mut grid = Grid::new(longest.div_ceil(shape.chunk) as usize, count, shape.threads);
-            grid.blocks.2 = shape.blocks;
-            let arguments = (
-                segments,
-                queries,
-                keys,
-                pages,
-                lengths,
-                ends,
-                stats,
-                out,
-                means,
-                planes,
-                shape.chunk,
-                radius,
-                gap,
-                flags | part.template.flags,
-            );
-            kernel.launch(driver, part.template.variant, grid, arguments)
-        };
-        if let Some(sums) = part.sums {
-            pass(&LSE, sums, flags)?;
-            let grid = Grid::new(part.rows.div_ceil(128) as usize, count, 128);
-            let arguments = (segments, queries, lengths, ends, stats, sums.chunk, radius, flags);
-            ROWS.launch(driver, "", grid, arguments)?;
-        }
+        passes.statistics(part)?;
         if flags & flags::WINDOW_MAX != 0 {
-            pass(&MAX, part.scores, flags)?;
+            passes.pass(part, &MAX, part.scores, flags)?;
         } else {
-            pass(&SUM, part.scores, flags)?;
+            passes.pass(part, &SUM, part.scores, flags)?;
             if flags & flags::POOLED != 0 && flags & flags::MEANS != 0 {
                 // The same sums with other factors.
-                pass(&SUM, part.scores, (flags & !flags::POOLED) | flags::ONLY_MEANS)?;
+                let flags = (flags & !flags::POOLED) | flags::ONLY_MEANS;
+                passes.pass(part, &SUM, part.scores, flags)?;
             }
         }
         if part.merge {
-            let grid = Grid::new(longest.div_ceil(256) as usize, count, 256);
-            let arguments = (segments, lengths, ends, planes, out, means, radius, gap, flags);
+            let Operands { segments, lengths, ends, out, means, .. } = *operands;
+            let grid = Grid::new(part.longest.div_ceil(256) as usize, part.count, 256);
+            let segments = segments.add(part.first);
+            let arguments =
+                (segments, lengths, ends, passes.planes, out, means, radius, gap, flags);
             MERGE.launch(driver, "", grid, arguments)?;
         }
     }
@@ -140,34 +185,7 @@ pub(super) fn run(
     mean: Option<&mut Floats>,
 ) -> Result<()> {
     check::window_attention(op, layers, out, mean.as_deref())?;
-    let mut rows = Heads::keys(layers)?;
-    let (mut heads, mut queries, mut ends) = (Vec::new(), Vec::new(), Vec::new());
-    for layer in layers {
-        // A sequence shorter than the window is all window.
-        let window = op.window.min(layer.tokens());
-        let first = queries.len();
-        push_queries(layer, window, &mut rows, &mut queries)?;
-        for h in 0..layer.shape().kv_heads() {
-            let group = layer.shape().group();
-            let at = layer.positions().map(|_| ends.len() as u32);
-            if at.is_some() {
-                push_ends(layer, h, window, op.gap, &mut ends);
-            }
-            heads.push(Head {
-                row: heads.len() as u32,
-                query: (first + h * group) as u32,
-                group: group as u32,
-                window,
-                tokens: layer.tokens(),
-                ends: at,
-                longest: layer.k().len(h) as u32,
-                dim: layer.shape().head_dim() as u32,
-                dtype: layer.k().dtype(),
-                lse: layer.lse().is_some(),
-            });
-        }
-    }
-
+    let Inputs { rows, heads, queries, ends } = Inputs::of(op, layers)?;
     let plan = Plan::new(op, mean.is_some(), &heads, cuda.driver.processors)?;
     let mut table = Table::default();
     let segments = table.push(plan.segments());
@@ -187,6 +205,48 @@ pub(super) fn run(
         means: mean.map_or(Ptr::NULL, |mean| mean.rows()),
     };
     launch(&cuda.driver, &plan, &operands, workspace.at(0))
+}
+
+/// What the views lend, in the order of their segments.
+pub(super) struct Inputs {
+    /// Keys of all segments first.
+    pub rows: Heads,
+    pub heads: Vec<Head>,
+    pub queries: Vec<Query>,
+    pub ends: Vec<u32>,
+}
+
+impl Inputs {
+    pub(super) fn of(op: &WindowAttention, layers: &[DeviceLayer<'_>]) -> Result<Self> {
+        let mut rows = Heads::keys(layers)?;
+        let (mut heads, mut queries, mut ends) = (Vec::new(), Vec::new(), Vec::new());
+        for layer in layers {
+            // A sequence shorter than the window is all window.
+            let window = op.window.min(layer.tokens());
+            let first = queries.len();
+            push_queries(layer, window, &mut rows, &mut queries)?;
+            for h in 0..layer.shape().kv_heads() {
+                let group = layer.shape().group();
+                let at = layer.positions().map(|_| ends.len() as u32);
+                if at.is_some() {
+                    push_ends(layer, h, window, op.gap, &mut ends);
+                }
+                heads.push(Head {
+                    row: heads.len() as u32,
+                    query: (first + h * group) as u32,
+                    group: group as u32,
+                    window,
+                    tokens: layer.tokens(),
+                    ends: at,
+                    longest: layer.k().len(h) as u32,
+                    dim: layer.shape().head_dim() as u32,
+                    dtype: layer.k().dtype(),
+                    lse: layer.lse().is_some(),
+                });
+            }
+        }
+        Ok(Self { rows, heads, queries, ends })
+    }
 }
 
 /// The last rows of a layer's query heads.

@@ -14,6 +14,7 @@ mod gather;
 mod key_scores;
 mod lag;
 mod pool;
+mod projection;
 mod rank;
 mod rows;
 mod top_k;
@@ -61,6 +62,7 @@ const MUTANTS: &[&[Mutant]] = &[
     key_scores::MUTANTS,
     lag::MUTANTS,
     pool::MUTANTS,
+    projection::MUTANTS,
     rank::MUTANTS,
     rows::MUTANTS,
     top_k::MUTANTS,

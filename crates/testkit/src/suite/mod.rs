@@ -7,6 +7,7 @@ pub mod attend;
 pub mod key_scores;
 pub mod lag;
 pub mod pool;
+pub mod projection;
 pub mod rows;
 pub mod top_k;
 pub mod top_k_golden;
@@ -33,6 +34,8 @@ macro_rules! for_each_case {
             key_scores: norms differences storage wide magnitudes no_direction non_finite recency random errors;
             lag: cross_scores ranks storage wide ties short_heads flat_channels non_finite errors;
             pool: averages maxima non_finite errors;
+            projection: lengths windows kernels anchors shapes storage log_sum_exps many_rows long_heads compressed
+                batches non_finite golden errors;
             rows: containers nan_counts norm_scales mean_floors weights raises ranks long_ranks shared_heads units picks errors;
             top_k: lengths values floors contests tiles parts random_problems pins masses errors;
             top_k_golden: cases;

@@ -14,12 +14,12 @@ use crate::backend::ops::Reduce;
 
 /// What makes probabilities of the logits of some rows.
 pub(super) struct Factors {
-    minus: Lanes,
-    inverse: Lanes,
+    pub(super) minus: Lanes,
+    pub(super) inverse: Lanes,
     /// To a pooled row, if rows are pooled.
     pooled: Lanes,
     /// Slots that the row gives scores to.
-    reached: [u32; LANES],
+    pub(super) reached: [u32; LANES],
 }
 
 impl Factors {

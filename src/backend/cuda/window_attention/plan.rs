@@ -44,10 +44,10 @@ pub(in super::super) struct Query {
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(in super::super) struct Segment {
-    row: u32,
+    pub row: u32,
     query: u32,
-    group: u32,
-    window: u32,
+    pub group: u32,
+    pub window: u32,
     tokens: u32,
     ends: u32,
     splits: u32,
@@ -83,7 +83,7 @@ pub(in super::super) struct Head {
 
 /// Segments of one dtype and template, which are launched together.
 #[derive(Debug)]
-pub(super) struct Part {
+pub(in super::super) struct Part {
     pub template: Template,
     /// Where its segments begin, and their number.
     pub first: usize,
@@ -100,14 +100,14 @@ pub(super) struct Part {
 
 /// The kernel's variant, and the flag that tells 16-bit types apart.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Template {
+pub(in super::super) struct Template {
     pub variant: &'static str,
     pub flags: u32,
 }
 
 /// How a pass is launched: slots of a chunk, threads, blocks of rows.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Shape {
+pub(in super::super) struct Shape {
     pub threads: u32,
     pub blocks: u32,
     pub chunk: u32,
@@ -121,7 +121,7 @@ pub(in super::super) struct Plan {
     pub(super) gap: u32,
     pub(super) radius: u32,
     /// Statistics of rows, of 16 bytes each, then floats of partial results.
-    pub(super) stats: u64,
+    stats: u64,
     planes: u64,
 }
 
@@ -274,7 +274,17 @@ impl Plan {
 
     /// Bytes that [`launch`](super::launch) needs, 16-byte aligned, contents undefined.
     pub(in super::super) fn workspace_bytes(&self) -> usize {
-        (self.stats * 16 + self.planes * 4) as usize
+        self.stats_bytes() + (self.planes * 4) as usize
+    }
+
+    /// Of these, those of the rows' statistics.
+    pub(in super::super) fn stats_bytes(&self) -> usize {
+        (self.stats * 16) as usize
+    }
+
+    /// Its segments part by part.
+    pub(in super::super) fn parts(&self) -> impl Iterator<Item = (&Part, &[Segment])> {
+        self.parts.iter().map(|part| (part, &self.segments[part.first..part.first + part.count]))
     }
 }
 
@@ -302,7 +312,7 @@ impl Template {
     }
 }
 
-fn limit(what: &'static str, got: u32, limit: u32) -> Result<()> {
+pub(in super::super) fn limit(what: &'static str, got: u32, limit: u32) -> Result<()> {
     match got <= limit {
         true => Ok(()),
         false => Err(Error::TooLarge { what, got: got.into(), limit: limit.into() }),
