@@ -79,6 +79,12 @@ pub(super) fn window_attention<S: Storage>(
             why: "the mass that a pooled row is scaled back to would depend on the gap",
         });
     }
+    if op.gap > 0 && op.probe {
+        return Err(Error::Unsupported {
+            what: "window attention of a probe with a gap",
+            why: "a probe's queries have no distance to a slot",
+        });
+    }
     segments(layers, out)?;
     mean.map_or(Ok(()), |mean| segments(layers, mean))
 }

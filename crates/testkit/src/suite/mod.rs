@@ -39,7 +39,7 @@ macro_rules! for_each_case {
             value_norm: lengths shapes widths blocks storage batches compressed zeros gram_shapes gram_widths gram_channels
                 gram_batches gram_zeros errors;
             window_attention: lengths windows reductions shapes dims many_rows long_rows storage log_sum_exps keys
-                gaps compressed batches non_finite errors;
+                gaps compressed batches probes non_finite errors;
         }
     };
 }
