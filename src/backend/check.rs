@@ -143,6 +143,10 @@ pub(super) fn rank(
     protected_slots(protected, rows)
 }
 
+pub(super) fn free_mass(protected: &Ragged<Range<u32>>, rows: &impl Lens) -> Result<()> {
+    protected_slots(protected, rows)
+}
+
 /// Checks that protected ranges ascend, are disjoint and lie within their segments.
 fn protected_slots(protected: &Ragged<Range<u32>>, rows: &impl Lens) -> Result<()> {
     expect("protected segments", rows.rows(), protected.rows())?;

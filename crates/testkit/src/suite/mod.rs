@@ -34,7 +34,7 @@ macro_rules! for_each_case {
             lag: cross_scores ranks storage wide ties short_heads flat_channels non_finite errors;
             pool: averages maxima non_finite errors;
             rows: containers nan_counts norm_scales mean_floors weights raises ranks long_ranks shared_heads units picks errors;
-            top_k: lengths values floors contests tiles parts random_problems pins masses errors;
+            top_k: lengths values floors contests tiles parts random_problems pins masses free_masses errors;
             top_k_golden: cases;
             value_norm: lengths shapes widths blocks storage batches compressed zeros gram_shapes gram_widths gram_channels
                 gram_batches gram_zeros errors;
