@@ -111,6 +111,7 @@ fn window_attention(c: &mut Criterion) {
         row_pool: None,
         score_window: false,
         gap: 0,
+        probe: false,
     };
     let defensive = WindowAttention {
         over_window: Reduce::Max,

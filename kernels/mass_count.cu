@@ -4,9 +4,12 @@
 // Masses are integers of 2^-40, rounded half up; thresholds come so from the host. Sums of integers have no order.
 // A radix descent over ordered keys, digits of 11, 11 and 10 bits, that counts masses and entries by digit.
 //
-// Launch: grid (1, rows), 1024 threads. A row is read three times by one multiprocessor: it is no longer than a head's
+// free_mass: out[r] = sum of the masses outside row r's spans, spans[firsts[r]] .. spans[firsts[r + 1]], at most 2^64 - 1.
+//
+// Launch: grid (1, rows), 1024 threads. A row is read three times (once) by one multiprocessor: it is no longer than a head's
 // cache, and every head has one. Source: the CPU backend's top_k.rs.
 // gates: mass_count LDG.E.128.CONSTANT>=1 ATOMS.POPC.INC !ATOMS.CAS !ATOMG registers<=64
+// gates: free_mass LDG.E.128.CONSTANT>=1 !ATOMS !ATOMG registers<=64
 #include "scores.cuh"
 
 constexpr u32 THREADS = 1024, BINS = 2048;
@@ -91,4 +94,29 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     u64 each = fixed(__uint_as_float(prefix ^ (prefix >> 31 ? 0x80000000 : 0xffffffff)));
     u64 more = count + (needed - above + each - 1) / each;
     out[blockIdx.y] = more < cap ? more : cap;
+}
+
+// A sum that stops at the largest number: as any sum of such, in whatever order.
+__device__ inline u64 capped(u64 a, u64 b) { return a + b < a ? ~0ull : a + b; }
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    free_mass(const float* const* rows, const u32* lengths, const Span* spans, const u32* firsts, u64* out) {
+    __shared__ u64 masses[THREADS / 32];
+    u32 length = lengths[blockIdx.y], units = (length + 3) / 4;
+    Row row = {rows[blockIdx.y], length, spans + firsts[blockIdx.y], spans + firsts[blockIdx.y + 1]};
+    u64 sum = 0;
+    for (u32 unit = threadIdx.x; unit < units; unit += THREADS) {
+        float4 x = row.load(unit);
+        float entries[4] = {x.x, x.y, x.z, x.w};
+        u32 keys[4];
+        row.keys(keys, x, unit);
+        for (u32 i = 0; i < row.valid(unit); ++i)
+            if (keys[i] != PROTECTED) sum = capped(sum, fixed(entries[i]));
+    }
+    for (u32 distance = 16; distance > 0; distance /= 2) sum = capped(sum, __shfl_xor_sync(ALL_LANES, sum, distance));
+    if (lane_id() == 0) masses[warp_id()] = sum;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (u32 warp = 1; warp < THREADS / 32; ++warp) sum = capped(sum, masses[warp]);
+    out[blockIdx.y] = sum;
 }

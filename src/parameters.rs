@@ -1,7 +1,7 @@
 //! Parameters by name: what `--set key=value` reaches, listed so that an unknown key can be answered with the
 //! known ones.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Named parameters of a part of a policy.
 pub(crate) trait Parameters {
@@ -9,6 +9,24 @@ pub(crate) trait Parameters {
     fn list(&self) -> Vec<(&'static str, String)>;
     /// Sets one; `false` if there is none of that name.
     fn set(&mut self, key: &str, value: &str) -> Result<bool>;
+}
+
+/// Numbers as text; none as an empty one.
+pub(crate) fn join(numbers: &[f64]) -> String {
+    numbers.iter().map(f64::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// The inverse of [`join`].
+pub(crate) fn numbers(name: &'static str, text: &str) -> Result<Vec<f64>> {
+    if text.trim().is_empty() {
+        return Ok(Vec::new());
+    }
+    let number = |s: &str| s.trim().parse::<f64>().ok();
+    text.split(',').map(number).collect::<Option<_>>().ok_or_else(|| Error::Parameter {
+        name,
+        expected: "numbers separated by commas (layers of heads by semicolons)",
+        got: text.to_owned(),
+    })
 }
 
 /// Implements [`Parameters`] for fields that print and parse: `field: "what is expected"`.

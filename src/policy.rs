@@ -10,7 +10,7 @@ use crate::backend::ops::ValueNorm;
 use crate::budget::Fraction;
 use crate::error::{Error, Result};
 use crate::ids::LayerId;
-use crate::parameters::{Parameters, parameters};
+use crate::parameters::{Parameters, join, numbers, parameters};
 use crate::reference::Reference;
 use crate::score::{Needs, Scored, Scorer, ScorerConfig, segment_lens};
 use crate::select::{Align, Protect};
@@ -224,7 +224,11 @@ impl<B: Backend> Policy<B> {
     /// What views must carry for this policy.
     pub fn needs(&self) -> Needs {
         let needs = self.scorer.needs();
-        Needs { o_proj: needs.o_proj || self.config.two_stage.is_some(), ..needs }
+        Needs {
+            o_proj: needs.o_proj || self.config.two_stage.is_some(),
+            spans: needs.spans || !self.config.protect.spans.is_empty(),
+            ..needs
+        }
     }
 
     /// The policy as data.
@@ -235,12 +239,17 @@ impl<B: Backend> Policy<B> {
 
 impl Parameters for Layers {
     fn list(&self) -> Vec<(&'static str, String)> {
-        let (beta, weights) = match self {
-            Layers::Pyramid { beta } => (Some(("beta", beta.to_string())), String::new()),
-            Layers::Weights { layers } => (None, join(layers)),
-            Layers::Uniform | Layers::Global => (None, String::new()),
-        };
-        beta.into_iter().chain([("layer_weights", weights)]).collect()
+        let mut all = Vec::new();
+        let mut weights = String::new();
+        match self {
+            Layers::Pyramid { beta } => all = vec![("beta", beta.to_string())],
+            Layers::Boundary(boundary) => all = boundary.list(),
+            Layers::Sensitivity(sensitivity) => all = sensitivity.list(),
+            Layers::Weights { layers } => weights = join(layers),
+            Layers::Uniform | Layers::Global => {}
+        }
+        all.push(("layer_weights", weights));
+        all
     }
     fn set(&mut self, key: &str, value: &str) -> Result<bool> {
         match (key, self) {
@@ -254,8 +263,10 @@ impl Parameters for Layers {
             // Any allocation over layers may be replaced by explicit weights; none are none.
             ("layer_weights", _) if value.is_empty() => {}
             ("layer_weights", layers) => {
-                *layers = Layers::Weights { layers: split("layer_weights", value)? };
+                *layers = Layers::Weights { layers: numbers("layer_weights", value)? };
             }
+            (_, Layers::Boundary(boundary)) => return boundary.set(key, value),
+            (_, Layers::Sensitivity(sensitivity)) => return sensitivity.set(key, value),
             _ => return Ok(false),
         }
         Ok(true)
@@ -276,6 +287,7 @@ impl Parameters for Heads {
             Heads::Profile { profile } => {
                 all = vec![("profile", profile.model().to_owned())];
             }
+            Heads::Preference { alpha } => all = vec![("alpha", alpha.to_string())],
             Heads::Uniform => {}
         }
         all.push(("head_weights", weights));
@@ -283,7 +295,7 @@ impl Parameters for Heads {
     }
     fn set(&mut self, key: &str, value: &str) -> Result<bool> {
         match (key, self) {
-            ("alpha", Heads::Ada { alpha, .. }) => {
+            ("alpha", Heads::Ada { alpha, .. } | Heads::Preference { alpha }) => {
                 *alpha = value.parse().map_err(|_| Error::Parameter {
                     name: "alpha",
                     expected: "a fraction from 0 to 1",
@@ -293,26 +305,13 @@ impl Parameters for Heads {
             ("form", Heads::Ada { form, .. }) => *form = value.parse::<AdaForm>()?,
             ("head_weights", _) if value.is_empty() => {}
             ("head_weights", heads) => {
-                let rows = value.split(';').map(|row| split("head_weights", row));
+                let rows = value.split(';').map(|row| numbers("head_weights", row));
                 *heads = Heads::Weights { heads: rows.collect::<Result<_>>()? };
             }
             _ => return Ok(false),
         }
         Ok(true)
     }
-}
-
-fn join(weights: &[f64]) -> String {
-    weights.iter().map(f64::to_string).collect::<Vec<_>>().join(",")
-}
-
-fn split(name: &'static str, text: &str) -> Result<Vec<f64>> {
-    let number = |s: &str| s.trim().parse::<f64>().ok();
-    text.split(',').map(number).collect::<Option<_>>().ok_or_else(|| Error::Parameter {
-        name,
-        expected: "numbers separated by commas (layers of heads by semicolons)",
-        got: text.to_owned(),
-    })
 }
 
 impl Parameters for Protect {

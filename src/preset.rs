@@ -4,19 +4,21 @@
 //! methods use W = 32 and, like SnapKV's and Ada-KV's experiments, max pooling over 7; DefensiveKV
 //! averages over 5, as its code does.
 
-use crate::allocate::{AdaForm, Heads, Layers};
+use crate::allocate::{AdaForm, Boundary, Heads, Layers, Sensitivity};
+use crate::backend::ops::Reduce;
 use crate::budget::Fraction;
 use crate::error::{Error, Result};
 use crate::policy::{PolicyConfig, TwoStage};
 use crate::profile::Profile;
 use crate::score::{
-    AnDPro, Defensive, H2o, KNorm, KeyDiff, LagKv, Random, Reach, Reconstruct, ScorerConfig,
+    AnDPro, Defensive, H2o, KNorm, KeyDiff, LagKv, Probe, Random, Reach, Reconstruct, ScorerConfig,
     SnapKv, Streaming, Tova,
 };
 use crate::select::{Align, Protect};
+use crate::spans::SpanKind;
 
 /// Names of the presets that need nothing but what a prefill leaves behind. Beside them there is `reconstruct`, which
-/// needs a second pass ([`Reconstruction`](crate::score::Reconstruction)), and [`profiled`], which needs a profile.
+/// needs a second pass ([`Reconstruction`](crate::score::Reconstruction)), [`profiled`], which needs a profile, and [`PROBED`].
 pub const PRESETS: &[&str] = &[
     "streaming",
     "snapkv",
@@ -36,6 +38,10 @@ pub const PRESETS: &[&str] = &[
     "reach",
     "random",
 ];
+
+/// Names of the presets that look with a probe's queries ([`LayerView::with_probe`](crate::LayerView::with_probe)). Their
+/// layers are equal until something is known of them: see [`LayerProfile`](crate::LayerProfile).
+pub const PROBED: &[&str] = &["epicache", "maskkv"];
 
 /// A published combination with its defaults.
 pub fn preset(name: &str) -> Result<PolicyConfig> {
@@ -99,12 +105,28 @@ pub fn preset(name: &str) -> Result<PolicyConfig> {
             layers: Layers::Global,
             ..plain(ScorerConfig::Reconstruct(Reconstruct {}))
         },
+        "epicache" => PolicyConfig {
+            protect: Protect { spans: vec![SpanKind::System], ..Protect::default() },
+            heads: self::ada(0, 1),
+            layers: Layers::Sensitivity(Sensitivity::default()),
+            ..plain(ScorerConfig::Probe(Probe::default()))
+        },
+        "maskkv" => PolicyConfig {
+            // Only the prompt is evictable.
+            protect: Protect {
+                spans: vec![SpanKind::Mask, SpanKind::Decoded],
+                ..Protect::default()
+            },
+            heads: Heads::Preference { alpha: Fraction::new(1, 10)? },
+            layers: Layers::Boundary(Boundary::default()),
+            ..plain(ScorerConfig::Probe(Probe { rows: Reduce::Mean, group: Reduce::Mean }))
+        },
         "random" => plain(ScorerConfig::Random(Random::default())),
         _ => {
             return Err(Error::UnknownName {
                 what: "policy",
                 got: name.to_owned(),
-                known: format!("{}, reconstruct", PRESETS.join(", ")),
+                known: format!("{}, {}, reconstruct", PRESETS.join(", "), PROBED.join(", ")),
             });
         }
     })

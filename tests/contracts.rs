@@ -3,7 +3,7 @@
 //! Scores come from a scorer of the test's own, so that ties, NaN, infinities and empty stretches are common
 //! rather than lucky. The presets run on random tensors in `tests/presets.rs`.
 
-use kvbudget::allocate::{AdaForm, Claim, Heads, Layers, apportion};
+use kvbudget::allocate::{AdaForm, Boundary, Claim, Heads, Layers, Sensitivity, apportion};
 use kvbudget::backend::Backend;
 use kvbudget::backend::cpu::{Cpu, HostLayer, HostSlice};
 use kvbudget::plan::{CheckError, Promise};
@@ -113,12 +113,19 @@ fn budgets(slots: u64) -> impl Strategy<Value = Budget> {
 
 fn allocations() -> impl Strategy<Value = (Layers, Heads)> {
     let fraction = || (0u64..=10).prop_map(|n| Fraction::new(n, 10).unwrap());
-    let layers =
-        prop_oneof![Just(Layers::Uniform), (1u64..30).prop_map(|beta| Layers::Pyramid { beta })];
+    let boundary = |(beta, first)| Boundary { beta, first, ..Boundary::default() };
+    let sensitivity = |floor| Sensitivity { floor, ..Sensitivity::default() };
+    let layers = prop_oneof![
+        Just(Layers::Uniform),
+        (1u64..30).prop_map(|beta| Layers::Pyramid { beta }),
+        (fraction(), 0u32..4).prop_map(move |b| Layers::Boundary(boundary(b))),
+        fraction().prop_map(move |floor| Layers::Sensitivity(sensitivity(floor))),
+    ];
     let form = prop_oneof![Just(AdaForm::Floor), Just(AdaForm::Blend)];
     let heads = prop_oneof![
         Just(Heads::Uniform),
         (fraction(), form).prop_map(|(alpha, form)| Heads::Ada { alpha, form }),
+        fraction().prop_map(|alpha| Heads::Preference { alpha }),
     ];
     prop_oneof![
         3 => (layers, heads),
@@ -140,6 +147,16 @@ fn weighted(heads: &[u32], profile: bool) -> Heads {
     Heads::Profile { profile: Profile::new("test", vec![point]).unwrap() }
 }
 
+/// Measurements for layers that ask for them.
+fn measure(layers: &mut Layers, count: usize) {
+    let measured = (0..count).map(|l| (l * 5 % 4) as f64 / 3.0).collect();
+    match layers {
+        Layers::Boundary(boundary) => boundary.importance = measured,
+        Layers::Sensitivity(sensitivity) => sensitivity.similarity = measured,
+        _ => {}
+    }
+}
+
 fn cases(units: impl Strategy<Value = u32> + 'static) -> impl Strategy<Value = Case> {
     let shape = (1u32..40, prop::collection::vec(1u32..4, 1..5));
     (
@@ -156,6 +173,7 @@ fn cases(units: impl Strategy<Value = u32> + 'static) -> impl Strategy<Value = C
                 if let Heads::Weights { .. } = allocation.1 {
                     allocation.1 = weighted(&heads, profile);
                 }
+                measure(&mut allocation.0, heads.len());
                 let slots: u64 = heads.iter().map(|&h| u64::from(h * tokens)).sum();
                 let layer = |&h: &u32| {
                     prop::collection::vec(

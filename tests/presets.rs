@@ -6,20 +6,30 @@ use kvbudget::backend::cpu::{Cpu, HostLayer, HostSlice};
 use kvbudget::plan::Promise;
 use kvbudget::score::{Queries, Reconstruction};
 use kvbudget::{
-    Budget, Dtype, Error, Geometry, LayerId, LayerShape, LayerView, PRESETS, Plan, Planner,
+    Budget, Dtype, Error, Geometry, LayerId, LayerShape, LayerView, PRESETS, PROBED, Plan, Planner,
     PolicyConfig, Profile, Ragged, Reference, Result, Rows, preset, profiled, reference,
 };
 
 const DIM: u32 = 8;
 const HIDDEN: u32 = 24;
 
-/// Tensors of a small model: queries of all tokens, so that every method has what it needs.
+/// Rows of the probe.
+const PROBE: u32 = 7;
+
+/// Every preset whose views need one pass: with a probe or without.
+fn presets() -> impl Iterator<Item = &'static str> {
+    PRESETS.iter().chain(PROBED).copied()
+}
+
+/// Tensors of a small model: queries of all tokens and of a probe, so that every method has what it needs.
 struct Model {
     tokens: u32,
     /// `(query heads, kv heads)` of each layer.
     heads: Vec<(u32, u32)>,
     /// `[k, v, q, o_proj]` of each layer.
     layers: Vec<[Vec<f32>; 4]>,
+    /// Probe queries of each layer.
+    probes: Vec<Vec<f32>>,
 }
 
 impl Model {
@@ -39,7 +49,8 @@ impl Model {
             [noise(cache), noise(cache), noise(hq * tokens * DIM), noise(HIDDEN * hq * DIM)]
         };
         let layers = heads.iter().map(&mut layer).collect();
-        Self { tokens, heads: heads.to_vec(), layers }
+        let probes = heads.iter().map(|&(hq, _)| noise(hq * PROBE * DIM)).collect();
+        Self { tokens, heads: heads.to_vec(), layers, probes }
     }
 
     fn geometry(&self) -> Geometry {
@@ -60,6 +71,7 @@ impl Model {
             rows(v, h, self.tokens, DIM),
         )
         .and_then(|view| view.with_queries(rows(q, hq, self.tokens, DIM)))
+        .and_then(|view| view.with_probe(rows(&self.probes[l], hq, PROBE, DIM)))
         .and_then(|view| view.with_output_projection(rows(o, 1, HIDDEN, hq * DIM)))
         .unwrap()
     }
@@ -92,7 +104,7 @@ fn every_preset_meets_every_budget() {
     ] {
         let model = Model::new(tokens, &heads);
         let geometry = model.geometry();
-        for name in PRESETS {
+        for name in presets() {
             let config = preset(name).unwrap();
             for budget in budgets() {
                 let plan = model
@@ -119,7 +131,7 @@ fn every_preset_meets_every_budget() {
 fn one_scoring_serves_every_budget() {
     let model = Model::new(150, &[(4, 2), (2, 2), (6, 1)]);
     let (cpu, geometry) = (Cpu::new(), model.geometry());
-    for name in PRESETS {
+    for name in presets() {
         let config = preset(name).unwrap();
         let policy = config.build::<Cpu>().unwrap();
         let planner = |budget| Planner::new(&cpu, &policy, &geometry, budget, &[model.tokens]);
@@ -142,7 +154,7 @@ fn one_scoring_serves_every_budget() {
 #[test]
 fn every_preset_can_keep_whole_pages() {
     let model = Model::new(150, &[(4, 2), (4, 2)]);
-    for name in PRESETS {
+    for name in presets() {
         let mut config = preset(name).unwrap();
         config.set("unit", "16").unwrap();
         for budget in budgets() {
@@ -233,7 +245,7 @@ fn weights_are_followed() {
 fn parameters_are_reached_by_name() {
     let model = Model::new(150, &[(4, 2), (4, 2)]);
     let budget: Budget = "30%".parse().unwrap();
-    for name in PRESETS {
+    for name in presets() {
         let original = preset(name).unwrap();
         let mut config = original.clone();
         for (key, value) in original.parameters() {
@@ -248,7 +260,7 @@ fn parameters_are_reached_by_name() {
         }
     }
     let error = preset("snapkw").unwrap_err().to_string();
-    assert!(PRESETS.iter().all(|name| error.contains(name)), "{error}");
+    assert!(presets().all(|name| error.contains(name)), "{error}");
 }
 
 /// Parameters change plans: none is read and dropped.
@@ -283,6 +295,11 @@ fn parameters_matter() {
         ("lagkv", "lag_sinks", "40"),
         ("h2o", "recent_share", "0.9"),
         ("random", "seed", "1"),
+        ("epicache", "rows", "mean"),
+        ("epicache", "group", "mean"),
+        ("epicache", "alpha", "1"),
+        ("epicache", "similarity", "0.9,0.5"),
+        ("maskkv", "rows", "max"),
     ];
     let budget: Budget = "30%".parse().unwrap();
     for (name, key, value) in changes {
@@ -304,8 +321,7 @@ fn batches_are_independent() {
     let heads = [(4, 2), (2, 2)];
     let models = [Model::new(150, &heads), Model::new(40, &heads), Model::new(97, &heads)];
     let published = Reference::Kvpress.presets().iter().filter(|name| **name == "knorm");
-    let configs = PRESETS
-        .iter()
+    let configs = presets()
         .map(|name| preset(name).unwrap())
         .chain(published.map(|name| reference(Reference::Kvpress, name).unwrap()));
     for config in configs {
@@ -489,12 +505,15 @@ fn needs_are_what_is_asked_for() {
             let q = Rows::strided(q, 4, rows, DIM, stride, DIM as usize).unwrap();
             bare = bare.with_queries(q).unwrap();
         }
+        if needs.probe {
+            bare = bare.with_probe(*view.probe("test").unwrap()).unwrap();
+        }
         if needs.o_proj {
             bare = bare.with_output_projection(*view.o_proj("test").unwrap()).unwrap();
         }
         bare
     };
-    for name in PRESETS {
+    for name in presets() {
         let policy = preset(name).unwrap().build::<Cpu>().unwrap();
         let (cpu, geometry) = (Cpu::new(), model.geometry());
         let half = Budget::keep(1, 2).unwrap();
@@ -512,6 +531,10 @@ fn needs_are_what_is_asked_for() {
             };
             let needs = kvbudget::score::Needs { queries: fewer, ..needs };
             assert!(push(needs).is_err(), "{name} can do with {fewer:?}");
+        }
+        if needs.probe {
+            let error = push(kvbudget::score::Needs { probe: false, ..needs }).unwrap_err();
+            assert!(error.to_string().contains("q_probe"), "{name}: {error}");
         }
         if needs.o_proj {
             let needs = kvbudget::score::Needs { o_proj: false, ..needs };

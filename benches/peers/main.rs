@@ -143,6 +143,7 @@ impl Peer {
             row_pool: defensive.then_some(5),
             score_window: false,
             gap: 0,
+            probe: false,
         };
         let layers = [self.view()];
         self.cpu.window_attention(&op, &layers, &mut scores, None).expect("scores");

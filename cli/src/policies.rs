@@ -1,7 +1,11 @@
 //! Policies as the command line names them: `snapkv`, `kvpress:snapkv`, and `--set` on top.
 
+use std::path::Path;
+
 use anyhow::{Context, Result, bail};
 use kvbudget::{Error, PolicyConfig, Reference};
+
+use crate::stored;
 
 /// A preset (`snapkv`), or a published code's version of it (`kvpress:snapkv`).
 pub fn config(name: &str, reference: Option<Reference>) -> Result<PolicyConfig> {
@@ -17,6 +21,26 @@ pub fn config(name: &str, reference: Option<Reference>) -> Result<PolicyConfig> 
         config.name = format!("{code}:{name}");
     }
     Ok(config)
+}
+
+/// Gives every policy whose budgets over layers ask for measurements those of the file.
+pub fn measure_layers(configs: &mut [PolicyConfig], file: Option<&Path>) -> Result<()> {
+    let Some(file) = file else { return Ok(()) };
+    let profile = stored::read_layer_profile(file)?;
+    let named = || format!("{}", file.display());
+    let mut refused = None;
+    let mut reached = false;
+    for config in configs {
+        match profile.apply(config) {
+            Ok(()) => reached = true,
+            Err(e @ Error::Unsupported { .. }) => refused = Some(e),
+            Err(e) => return Err(e).with_context(named),
+        }
+    }
+    match refused {
+        Some(e) if !reached => Err(e).with_context(named),
+        _ => Ok(()),
+    }
 }
 
 /// Applies `key=value` to every policy that has the parameter, `policy.key=value` to that policy alone.

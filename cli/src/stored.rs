@@ -1,11 +1,11 @@
-//! Plans as files: read from untrusted JSON, held against what drawing and checking assume, and written.
+//! Plans as files: read from untrusted JSON, held against what drawing and checking assume, and written; and layer profiles.
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use kvbudget::Plan;
+use kvbudget::{LayerProfile, Plan};
 
 /// Reads a plan file.
 pub fn read_plan(path: &Path) -> Result<Plan> {
@@ -29,6 +29,15 @@ pub fn parse_plan(source: impl Read) -> Result<Plan> {
         }
     }
     Ok(plan)
+}
+
+/// Reads a layer profile.
+pub fn read_layer_profile(path: &Path) -> Result<LayerProfile> {
+    let read = || -> Result<LayerProfile> {
+        let source = BufReader::new(File::open(path)?);
+        serde_json::from_reader(source).context("not a layer profile")
+    };
+    read().with_context(|| format!("{}", path.display()))
 }
 
 /// Writes a value as one JSON document.

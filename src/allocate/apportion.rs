@@ -96,3 +96,10 @@ pub fn weights_from(name: &'static str, weights: &[f64]) -> Result<Vec<u64>> {
     let scale = (1u64 << 52) as f64;
     Ok(weights.iter().map(|w| (w / max * scale).round() as u64).collect())
 }
+
+/// Weights of at most 52 bits, so that no later product overflows; exact for all but absurd sizes.
+pub(crate) fn narrow(weights: &[u128]) -> Vec<u64> {
+    let largest = weights.iter().copied().max().unwrap_or(0);
+    let shift = (128 - largest.leading_zeros()).saturating_sub(52);
+    weights.iter().map(|w| (w >> shift) as u64).collect()
+}

@@ -5,23 +5,39 @@
 //! contest with floors that the backend's selection runs. Shares sum to the budget by construction.
 
 pub mod apportion;
+mod boundary;
+mod sensitivity;
 
 pub use apportion::{Claim, apportion};
+pub use boundary::Boundary;
+pub use sensitivity::Sensitivity;
 
 use crate::backend::ops::Contest;
 use crate::budget::Fraction;
 use crate::error::{Error, Result};
 use crate::profile::Profile;
-use apportion::weights_from;
+use apportion::{narrow, weights_from};
 
 /// Segments of one sequence that share a budget.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Share {
     /// The contest, numbered within the sequence.
     pub contest: Contest,
-    /// Instead of selecting by the contest, give each segment `(1 - α)` of what it would win plus `α` of
-    /// an equal share (Ada-KV's safeguard), then let it keep its best.
-    pub blend: Option<Fraction>,
+    /// How the segments divide the budget.
+    pub split: Split,
+}
+
+/// How segments divide the budget of a contest. Fractions are of what the floors leave, and what each segment gets it then
+/// fills with its best.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Split {
+    /// By winning slots.
+    Contest,
+    /// `α` equally, the rest in proportion to what each would win beyond its floor (Ada-KV's safeguard).
+    Blend(Fraction),
+    /// `α` equally, the rest in proportion to the score mass of each segment's unprotected slots (MaskKV's prompt
+    /// preference).
+    Mass(Fraction),
 }
 
 /// What an allocation has to share out, in slots or units.
@@ -59,6 +75,10 @@ pub enum Layers {
         /// The weights.
         layers: Vec<f64>,
     },
+    /// The ends against the middle, by importance (MaskKV).
+    Boundary(Boundary),
+    /// By how little keys change when slots are evicted in blocks (EpiCache).
+    Sensitivity(Sensitivity),
     /// Over all layers at once: by score (Layer-DefensiveKV), or by the heads' weights.
     Global,
 }
@@ -80,6 +100,12 @@ pub enum Heads {
         alpha: Fraction,
         /// How the safeguard works.
         form: AdaForm,
+    },
+    /// In proportion to the score mass of each head's unprotected slots (MaskKV): attention, summed over what may be
+    /// evicted, says how much a head looks at it. Of evictable slots; scores below zero count for nothing.
+    Preference {
+        /// Fraction that heads share equally.
+        alpha: Fraction,
     },
     /// In proportion to one weight per head of each layer.
     Weights {
@@ -129,10 +155,10 @@ pub fn allocate(layers: &Layers, heads: &Heads, demand: &Demand<'_>) -> Result<V
     if let Layers::Global = layers {
         return match (heads, weights) {
             (Heads::Ada { alpha, form: AdaForm::Floor }, _) => {
-                Ok(vec![contested(demand, &all, demand.budget, *alpha, None)?])
+                Ok(vec![contested(demand, &all, demand.budget, *alpha, Split::Contest)?])
             }
             (Heads::Profile { .. }, _) => {
-                Ok(vec![contested(demand, &all, demand.budget, Fraction::ZERO, None)?])
+                Ok(vec![contested(demand, &all, demand.budget, Fraction::ZERO, Split::Contest)?])
             }
             (_, Some(weights)) => {
                 let weights = weights_from("heads", &weights.concat())?;
@@ -152,14 +178,20 @@ pub fn allocate(layers: &Layers, heads: &Heads, demand: &Demand<'_>) -> Result<V
         first += count;
         match heads {
             Heads::Ada { alpha, form: AdaForm::Floor } => {
-                shares.push(contested(demand, segments, budget, *alpha, None)?);
+                shares.push(contested(demand, segments, budget, *alpha, Split::Contest)?);
             }
             Heads::Ada { alpha, form: AdaForm::Blend } => {
-                shares.push(contested(demand, segments, budget, Fraction::ZERO, Some(*alpha))?);
+                let split = Split::Blend(*alpha);
+                shares.push(contested(demand, segments, budget, Fraction::ZERO, split)?);
+            }
+            Heads::Preference { alpha } => {
+                let split = Split::Mass(*alpha);
+                shares.push(contested(demand, segments, budget, Fraction::ZERO, split)?);
             }
             Heads::Uniform => shares.extend(fixed(demand, segments, budget, |_| 1)?),
             Heads::Profile { .. } => {
-                shares.push(contested(demand, segments, budget, Fraction::ZERO, None)?);
+                let split = Split::Contest;
+                shares.push(contested(demand, segments, budget, Fraction::ZERO, split)?);
             }
             Heads::Weights { .. } => {
                 let weights = weights.as_ref().map_or(&[][..], |w| w[l].as_slice());
@@ -174,12 +206,8 @@ pub fn allocate(layers: &Layers, heads: &Heads, demand: &Demand<'_>) -> Result<V
 /// Weights of all heads, `[layer][head]`, where there are such.
 fn head_weights(heads: &Heads, demand: &Demand<'_>) -> Result<Option<Vec<Vec<f64>>>> {
     let weights = match heads {
-        Heads::Uniform | Heads::Ada { .. } | Heads::Profile { .. } => return Ok(None),
         Heads::Weights { heads } => heads,
-    };
-    let expect = |what, expected: usize, got: usize| match expected == got {
-        true => Ok(()),
-        false => Err(Error::Shape { what, expected: expected as u64, got: got as u64 }),
+        _ => return Ok(None),
     };
     expect("layers with head weights", demand.heads.len(), weights.len())?;
     for (&count, weights) in demand.heads.iter().zip(weights) {
@@ -204,7 +232,7 @@ fn scarce(demand: &Demand<'_>) -> Result<Vec<Share>> {
 
 fn single(segment: usize, budget: u64) -> Share {
     let contest = Contest { segments: segment..segment + 1, budget, floors: vec![0] };
-    Share { contest, blend: None }
+    Share { contest, split: Split::Contest }
 }
 
 /// Shares by weight: every segment on its own.
@@ -229,20 +257,25 @@ fn contested(
     segments: &[usize],
     budget: u64,
     alpha: Fraction,
-    blend: Option<Fraction>,
+    split: Split,
 ) -> Result<Share> {
     let safe = alpha.of(budget) / segments.len().max(1) as u64;
-    let wanted = |s: usize| demand.least(s).max(safe).min(demand.lens[s]);
-    // Protection may leave less than the safeguard asks for.
-    let claims: Vec<Claim> = segments
-        .iter()
-        .map(|&s| Claim { weight: wanted(s), floor: demand.least(s), cap: wanted(s) })
-        .collect();
-    let total: u64 = segments.iter().map(|&s| wanted(s)).sum();
-    let floors = apportion(total.min(budget), &claims)?;
+    let wanted = |&s: &usize| (demand.least(s), safe.min(demand.lens[s]));
+    let floors = floors(budget, segments.iter().map(wanted))?;
     let first = segments.first().copied().unwrap_or(0);
     let contest = Contest { segments: first..first + segments.len(), budget, floors };
-    Ok(Share { contest, blend })
+    Ok(Share { contest, split })
+}
+
+/// What is safe for each: the least it must get and what it should get, of which protection may leave less.
+fn floors(budget: u64, wanted: impl Iterator<Item = (u64, u64)>) -> Result<Vec<u64>> {
+    let claim = |(least, safe): (u64, u64)| {
+        let wanted = least.max(safe);
+        Claim { weight: wanted, floor: least, cap: wanted }
+    };
+    let claims: Vec<Claim> = wanted.map(claim).collect();
+    let total: u64 = claims.iter().map(|claim| claim.cap).sum();
+    apportion(total.min(budget), &claims)
 }
 
 /// Slots of each layer.
@@ -260,36 +293,50 @@ fn layer_budgets(layers: &Layers, demand: &Demand<'_>) -> Result<Vec<u64>> {
     let sum = |f: &dyn Fn(usize) -> u64, l: usize| ranges[l].clone().map(f).sum::<u64>();
     let held = |l: usize| sum(&|s| demand.lens[s], l);
     let least = |l: usize| sum(&|s| demand.least(s), l);
-    let weights: Vec<u64> = match layers {
-        Layers::Uniform | Layers::Global => demand.heads.iter().map(|&n| n as u64).collect(),
+    // Of what: published schedules that count evictable slots only share what is left above protected ones.
+    let spare = demand.budget - (0..count).map(least).sum::<u64>();
+    let above = |weights: Vec<u64>| -> Result<Vec<u64>> {
+        let claim = |(l, w): (usize, u64)| Claim {
+            weight: w * demand.heads[l] as u64,
+            floor: 0,
+            cap: held(l) - least(l),
+        };
+        let claims: Vec<Claim> = weights.into_iter().enumerate().map(claim).collect();
+        let budgets = apportion(spare, &claims)?;
+        Ok(budgets.into_iter().enumerate().map(|(l, b)| b + least(l)).collect())
+    };
+    let floors = |part: Fraction| {
+        let heads: usize = demand.heads.iter().sum();
+        let mean = |l: usize| {
+            let share = u128::from(demand.budget) * demand.heads[l] as u128 / heads.max(1) as u128;
+            share as u64
+        };
+        floors(demand.budget, (0..count).map(|l| (least(l), part.of(mean(l)).min(held(l)))))
+    };
+    let by_heads = |(w, &n): (u64, &usize)| w * n as u64;
+    let (weights, floors): (Vec<u64>, _) = match layers {
+        Layers::Uniform | Layers::Global => {
+            (demand.heads.iter().map(|&n| n as u64).collect(), floors(Fraction::ZERO)?)
+        }
         Layers::Weights { layers } => {
-            if layers.len() != count {
-                return Err(Error::Shape {
-                    what: "layer weights",
-                    expected: count as u64,
-                    got: layers.len() as u64,
-                });
-            }
-            weights_from("layers", layers)?
+            expect("layer weights", count, layers.len())?;
+            (weights_from("layers", layers)?, floors(Fraction::ZERO)?)
+        }
+        Layers::Sensitivity(sensitivity) => {
+            let weights = weights_from("similarity", &sensitivity.weights(count)?)?;
+            let weights = weights.into_iter().zip(demand.heads).map(by_heads).collect();
+            (weights, floors(sensitivity.floor)?)
         }
         Layers::Pyramid { beta } => {
-            // Above what is protected: the published schedule counts evictable slots only.
-            let spare = demand.budget - (0..count).map(least).sum::<u64>();
             let room = (0..count).map(|l| held(l) - least(l)).min().unwrap_or(0);
-            let weights = pyramid(*beta, count, spare, room)?;
-            let claims: Vec<Claim> = (0..count)
-                .map(|l| Claim {
-                    weight: weights[l] * demand.heads[l] as u64,
-                    floor: 0,
-                    cap: held(l) - least(l),
-                })
-                .collect();
-            let budgets = apportion(spare, &claims)?;
-            return Ok(budgets.into_iter().enumerate().map(|(l, b)| b + least(l)).collect());
+            return above(pyramid(*beta, count, spare, room)?);
+        }
+        Layers::Boundary(boundary) => {
+            return above(weights_from("importance", &boundary.weights(count)?)?);
         }
     };
     let claims: Vec<Claim> =
-        (0..count).map(|l| Claim { weight: weights[l], floor: least(l), cap: held(l) }).collect();
+        (0..count).map(|l| Claim { weight: weights[l], floor: floors[l], cap: held(l) }).collect();
     apportion(demand.budget, &claims)
 }
 
@@ -314,8 +361,12 @@ fn pyramid(beta: u64, layers: usize, spare: u64, room: u64) -> Result<Vec<u64>> 
     let steps = layers.saturating_sub(1).max(1);
     let weights: Vec<u128> =
         (0..layers).map(|l| (max * steps + l * min).saturating_sub(l * max)).collect();
-    // At most 52 bits, so that no later product overflows; exact for all but absurd sizes.
-    let largest = weights.iter().copied().max().unwrap_or(0);
-    let shift = (128 - largest.leading_zeros()).saturating_sub(52);
-    Ok(weights.into_iter().map(|w| (w >> shift) as u64).collect())
+    Ok(narrow(&weights))
+}
+
+fn expect(what: &'static str, expected: usize, got: usize) -> Result<()> {
+    match expected == got {
+        true => Ok(()),
+        false => Err(Error::Shape { what, expected: expected as u64, got: got as u64 }),
+    }
 }

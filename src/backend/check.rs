@@ -79,6 +79,12 @@ pub(super) fn window_attention<S: Storage>(
             why: "the mass that a pooled row is scaled back to would depend on the gap",
         });
     }
+    if op.gap > 0 && op.probe {
+        return Err(Error::Unsupported {
+            what: "window attention of a probe with a gap",
+            why: "a probe's queries have no distance to a slot",
+        });
+    }
     segments(layers, out)?;
     mean.map_or(Ok(()), |mean| segments(layers, mean))
 }
@@ -152,6 +158,10 @@ pub(super) fn rank(
     rows: &impl Lens,
 ) -> Result<()> {
     expect("weights of the rows", rows.rows(), weights.len())?;
+    protected_slots(protected, rows)
+}
+
+pub(super) fn free_mass(protected: &Ragged<Range<u32>>, rows: &impl Lens) -> Result<()> {
     protected_slots(protected, rows)
 }
 

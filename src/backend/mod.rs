@@ -129,6 +129,9 @@ pub trait Backend: Send + Sync {
     /// entries are attention mass, what they lack to 1 is mass already safe. At most `caps[s]`.
     fn mass_count(&self, thresholds: &[f32], caps: &[u32], mass: &Self::Floats)
     -> Result<Vec<u32>>;
+    /// Sum of each row's entries outside the given ranges, in units of `2^-40`: each is rounded half up, so that sums have no
+    /// order. What is below zero counts for nothing, nor does NaN; sums stop at the largest number.
+    fn free_mass(&self, protected: &Ragged<Range<u32>>, rows: &Self::Floats) -> Result<Vec<u64>>;
     /// Sets `rows` to +∞ where `by` has its `counts[s]` best entries (order of [`TopK`]).
     fn pin_top(&self, counts: &[u32], by: &Self::Floats, rows: &mut Self::Floats) -> Result<()>;
     /// Replaces scores by places: the `n`-th slot of a row in the order of [`TopK`], protected ones first, gets

@@ -35,13 +35,13 @@ pub enum Pooling {
     Max,
 }
 
-/// Attention of the last queries, reduced to one score per slot.
+/// Attention of the last queries, or of a probe's, reduced to one score per slot.
 ///
 /// `P[hq, w, t] = softmax_t(q[hq, w] · k[t] / √D)` over all slots visible to the query (causal by
 /// position, window slots included in the denominator), then reduced over `w` and over the group.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct WindowAttention {
-    /// Query rows used: the last ones of the observation, all of them for sequences no longer than that.
+    /// Query rows used: the last ones of the observation, all of them for sequences (or probes) no longer than that.
     pub window: u32,
     /// Reduction over the query rows, first.
     pub over_window: Reduce,
@@ -55,6 +55,9 @@ pub struct WindowAttention {
     /// Slots less than this many positions before a query get nothing from it, though they are in its denominator.
     /// Not together with `row_pool`.
     pub gap: u32,
+    /// Look with the views' probe queries: they stand behind the last token, so that each sees all slots, and all are scored.
+    /// A lent log-sum-exp is not theirs. Not together with `gap`: they have no distance to a slot.
+    pub probe: bool,
 }
 
 /// How far each slot's value reaches along what the last queries read.

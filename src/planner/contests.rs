@@ -1,13 +1,11 @@
-//! Contests as they stand at a push: the part that has been seen, and Ada-KV's blend of what was won.
+//! Contests as they stand at a push: the part that has been seen, and budgets of segments that scores decide by number.
 
 use std::ops::Range;
 
-use crate::allocate::{Claim, apportion};
+use crate::allocate::apportion::narrow;
+use crate::allocate::{Claim, Split, apportion};
 use crate::backend::ops::Contest;
-use crate::budget::Fraction;
 use crate::error::Result;
-use crate::ragged::Ragged;
-use crate::select::protect::count;
 
 /// The part of a contest within the segments seen, which hold `held`, renumbered to start at `next`.
 /// Unseen segments keep their floors in reserve.
@@ -30,39 +28,40 @@ pub(super) fn visible(
     Some(Contest { segments, budget: (contest.budget - reserve).min(held), floors })
 }
 
-/// Ada-KV's safeguard in the paper's form, exact: above what is protected, segment `h` gets
-/// `(1 - α)·f_h + α·R/H` of the contest's `R` slots, rounded by largest remainder.
-pub(super) fn blended(
+/// A contest divided by number, exactly: above its floor, segment `h` gets `(1 - α)·m_h/Σm + α/H` of what the floors leave,
+/// rounded by largest remainder. Its merit `m_h` is what it won beyond the floor (Ada-KV's paper), or its mass (MaskKV).
+pub(super) fn divided(
     contest: &Contest,
-    blend: Option<Fraction>,
-    won: &[u32],
+    split: Split,
+    merits: &[u64],
     lens: &[usize],
-    protected: &Ragged<Range<u32>>,
 ) -> Result<Vec<Contest>> {
-    let Some(alpha) = blend else { return Ok(vec![contest.clone()]) };
-    let n = contest.segments.len() as u64;
-    let floors = &contest.floors;
-    let spare = contest.budget - floors.iter().sum::<u64>();
-    let claims: Vec<Claim> = contest
-        .segments
-        .clone()
-        .zip(floors)
-        .map(|(s, &floor)| {
-            let extra = u64::from(won[s]) - floor;
-            let weight = (alpha.den() - alpha.num()) * extra * n + alpha.num() * spare;
-            debug_assert!(count(protected.row(s)) <= floor);
-            Claim { weight, floor: 0, cap: lens[s] as u64 - floor }
-        })
+    let Contest { segments, budget, floors } = contest;
+    let (merits, lens) = (&merits[segments.clone()], &lens[segments.clone()]);
+    let (alpha, merits): (_, Vec<u64>) = match split {
+        Split::Contest => return Ok(vec![contest.clone()]),
+        Split::Blend(alpha) => (alpha, merits.iter().zip(floors).map(|(m, f)| m - f).collect()),
+        Split::Mass(alpha) => (alpha, merits.to_vec()),
+    };
+    // Of 52 bits in sum, which leaves room for what comes.
+    let merits =
+        narrow(&merits.iter().map(|&m| u128::from(m) * merits.len() as u128).collect::<Vec<_>>());
+    let (n, sum) = (merits.len() as u128, merits.iter().map(|&m| u128::from(m)).sum::<u128>());
+    let weight = |&m: &u64| {
+        let (equal, den) = (u128::from(alpha.num()), u128::from(alpha.den()));
+        (den - equal) * u128::from(m) * n + equal * sum
+    };
+    let weights = narrow(&merits.iter().map(weight).collect::<Vec<_>>());
+    let claims: Vec<Claim> = weights
+        .into_iter()
+        .zip(lens.iter().zip(floors))
+        .map(|(weight, (&len, &floor))| Claim { weight, floor: 0, cap: len as u64 - floor })
         .collect();
-    let extra = apportion(spare, &claims)?;
-    Ok(contest
-        .segments
-        .clone()
-        .zip(floors.iter().zip(extra))
-        .map(|(s, (floor, extra))| Contest {
-            segments: s..s + 1,
-            budget: floor + extra,
-            floors: vec![0],
-        })
-        .collect())
+    let extra = apportion(budget - floors.iter().sum::<u64>(), &claims)?;
+    let single = |(s, (floor, extra))| Contest {
+        segments: s..s + 1,
+        budget: floor + extra,
+        floors: vec![0],
+    };
+    Ok(segments.clone().zip(floors.iter().zip(extra)).map(single).collect())
 }

@@ -19,9 +19,10 @@ pub use state::Sequence;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use crate::allocate::Split;
 use crate::backend::Backend;
 use crate::backend::ops::{Contest, TopK};
-use crate::budget::{Budget, Fraction};
+use crate::budget::Budget;
 use crate::error::{Error, Result};
 use crate::geometry::Geometry;
 use crate::ids::{LayerId, Position};
@@ -32,7 +33,7 @@ use crate::reference;
 use crate::score::{FirstSet, Room, Scored, segment_lens};
 use crate::select::protect::count;
 use crate::view::LayerView;
-use contests::{blended, visible};
+use contests::{divided, visible};
 use deferred::Deferred;
 use state::State;
 
@@ -358,7 +359,7 @@ impl<'a, B: Backend> Planner<'a, B> {
         // Sequence after sequence, and within each layer after layer, as contests are numbered.
         let mut parts = Vec::new();
         let mut contests = Vec::new();
-        let mut blends = Vec::new();
+        let mut splits = Vec::new();
         let mut next = 0;
         for (i, state) in self.sequences.iter().enumerate() {
             let layers = match (state.spans_layers(&self.firsts), last || self.cascade) {
@@ -377,13 +378,13 @@ impl<'a, B: Backend> Planner<'a, B> {
             for share in &state.shares {
                 if let Some(contest) = visible(&share.contest, &seen, &held, next) {
                     contests.push(contest);
-                    blends.push(share.blend);
+                    splits.push(share.split);
                 }
             }
             next += seen.len();
         }
         let protected = self.protected(&parts);
-        let selection = self.select(&parts, contests, &blends, &protected)?;
+        let selection = self.select(&parts, contests, &splits, &protected)?;
         let mut changed: Vec<usize> = parts.iter().map(|(m, _)| *m).collect();
         changed.sort_unstable();
         changed.dedup();
@@ -411,12 +412,12 @@ impl<'a, B: Backend> Planner<'a, B> {
         .collect()
     }
 
-    /// Runs the contests, then blends and second stages where the policy has them.
+    /// Runs the contests, those that are divided by number as so many of single segments, then second stages.
     fn select(
         &self,
         parts: &[(usize, Range<usize>)],
         mut contests: Vec<Contest>,
-        blends: &[Option<Fraction>],
+        splits: &[Split],
         protected: &Ragged<Range<u32>>,
     ) -> Result<B::Selection> {
         let backend = self.backend;
@@ -431,16 +432,25 @@ impl<'a, B: Backend> Planner<'a, B> {
                 .collect();
             backend.top_k(&TopK { contests, protected }, &rows)
         };
-        if blends.iter().any(Option::is_some) {
+        // A policy has one way to divide, so one kind of merit will do.
+        let merits = if splits.iter().any(|split| matches!(split, Split::Blend(_))) {
             let won = backend.selected(&run(&contests, false)?)?;
+            won.into_iter().map(u64::from).collect()
+        } else if splits.iter().any(|split| matches!(split, Split::Mass(_))) {
+            // Never over several layers: the parts are the rows of one, in their order.
+            backend.free_mass(protected, &self.pushed[parts[0].0].scores)?
+        } else {
+            Vec::new()
+        };
+        if !merits.is_empty() {
             let lens: Vec<usize> = parts
                 .iter()
                 .flat_map(|(m, rows)| rows.clone().map(|r| self.pushed[*m].kept.len(r)))
                 .collect();
             contests = contests
                 .iter()
-                .zip(blends)
-                .map(|(contest, blend)| blended(contest, *blend, &won, &lens, protected))
+                .zip(splits)
+                .map(|(contest, split)| divided(contest, *split, &merits, &lens))
                 .collect::<Result<Vec<_>>>()?
                 .concat();
         }

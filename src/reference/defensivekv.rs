@@ -77,6 +77,7 @@ fn observe<B: Backend>(
         row_pool: Some(scorer.kernel),
         score_window: false,
         gap: 0,
+        probe: false,
     };
     let lens = segment_lens(layers);
     let (mut worst, mut mean, mut norms) =

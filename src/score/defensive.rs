@@ -80,6 +80,7 @@ impl<B: Backend> Scorer<B> for Defensive {
             row_pool: Some(self.kernel),
             score_window: false,
             gap: 0,
+            probe: false,
         };
         let lens = segment_lens(layers);
         let mut worst = backend.zeros(&lens)?;

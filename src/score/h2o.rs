@@ -43,6 +43,7 @@ impl<B: Backend> Scorer<B> for H2o {
             row_pool: None,
             score_window: true,
             gap: 0,
+            probe: false,
         };
         let mut scores = backend.zeros(&segment_lens(layers))?;
         backend.window_attention(&attention, layers, &mut scores, None)?;

@@ -6,6 +6,7 @@ mod defensive;
 mod h2o;
 mod keys;
 mod lagkv;
+mod probe;
 mod reach;
 mod reconstruct;
 mod snapkv;
@@ -16,6 +17,7 @@ pub use defensive::Defensive;
 pub use h2o::H2o;
 pub use keys::{KNorm, KeyDiff};
 pub use lagkv::LagKv;
+pub use probe::Probe;
 pub use reach::Reach;
 pub use reconstruct::{Reconstruct, Reconstruction};
 pub use snapkv::{SnapKv, Tova};
@@ -178,6 +180,8 @@ pub enum ScorerConfig {
     Reach(Reach),
     /// Attention of a second pass that repeats the context.
     Reconstruct(Reconstruct),
+    /// Attention of a probe.
+    Probe(Probe),
 }
 
 /// The same match for every use of the closed set.
@@ -196,6 +200,7 @@ macro_rules! each {
             ScorerConfig::LagKv($scorer) => $use,
             ScorerConfig::Reach($scorer) => $use,
             ScorerConfig::Reconstruct($scorer) => $use,
+            ScorerConfig::Probe($scorer) => $use,
         }
     };
 }

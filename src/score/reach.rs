@@ -102,6 +102,7 @@ impl<B: Backend> Scorer<B> for Reach {
             row_pool: None,
             score_window: true,
             gap,
+            probe: false,
         };
         let mut scores = backend.zeros(&lens)?;
         let far = attention(self.queries, Reduce::Max, self.gap);

@@ -82,6 +82,7 @@ impl<B: Backend> Reconstruction<B> {
             row_pool: None,
             score_window: false,
             gap: 0,
+            probe: false,
         };
         let mut seen = backend.zeros(&super::segment_lens(std::slice::from_ref(view)))?;
         backend.window_attention(&attention, std::slice::from_ref(view), &mut seen, None)?;

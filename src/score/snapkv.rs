@@ -65,6 +65,7 @@ impl<B: Backend> Scorer<B> for SnapKv {
             row_pool: None,
             score_window: false,
             gap: 0,
+            probe: false,
         };
         let mut scores = backend.zeros(&segment_lens(layers))?;
         backend.window_attention(&attention, layers, &mut scores, None)?;
@@ -102,6 +103,7 @@ impl<B: Backend> Scorer<B> for Tova {
             row_pool: None,
             score_window: false,
             gap: 0,
+            probe: false,
         };
         let mut scores = backend.zeros(&segment_lens(layers))?;
         backend.window_attention(&attention, layers, &mut scores, None)?;

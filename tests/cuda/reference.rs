@@ -24,6 +24,7 @@ pub const SCORING: WindowAttention = WindowAttention {
     row_pool: None,
     score_window: false,
     gap: 0,
+    probe: false,
 };
 
 /// The decode step's attention.

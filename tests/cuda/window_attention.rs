@@ -16,6 +16,7 @@ const OP: WindowAttention = WindowAttention {
     row_pool: None,
     score_window: false,
     gap: 0,
+    probe: false,
 };
 
 fn run(gpu: &Gpu, spec: &Spec, op: &WindowAttention) -> kvbudget::Result<()> {

@@ -21,6 +21,9 @@ pub struct Args {
     /// Budgets: 20%, 1/5, 256/head, "10000 slots" or "512 MiB".
     #[arg(long, value_delimiter = ',', required = true)]
     budgets: Vec<Budget>,
+    /// What was measured of the model's layers, for policies that ask: see docs/methods.md.
+    #[arg(long, value_name = "LAYERS.JSON")]
+    layer_profile: Option<PathBuf>,
     /// Set a parameter of all policies that have it, or of one; may be repeated.
     #[arg(long = "set", value_name = "[POLICY.]KEY=VALUE")]
     settings: Vec<String>,
@@ -32,6 +35,7 @@ pub struct Args {
 pub(super) fn run(args: &Args, cpu: &Cpu, out: &mut dyn Write) -> Result<()> {
     let configs = args.policies.iter().map(|name| policies::config(name.trim(), None));
     let mut configs = configs.collect::<Result<Vec<_>>>()?;
+    policies::measure_layers(&mut configs, args.layer_profile.as_deref())?;
     policies::set(&mut configs, &args.settings)?;
     let mut dump = Dump::open(&args.dump)?;
     let name = args.dump.display().to_string();

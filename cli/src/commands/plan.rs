@@ -25,6 +25,9 @@ pub struct Args {
     /// Reproduce a published code, flaws included: kvpress, adakv or defensivekv.
     #[arg(long)]
     reference: Option<Reference>,
+    /// What was measured of the model's layers, for policies that ask: see docs/methods.md.
+    #[arg(long, value_name = "LAYERS.JSON")]
+    layer_profile: Option<PathBuf>,
     /// Set a parameter of the policy; may be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     settings: Vec<String>,
@@ -35,6 +38,7 @@ pub struct Args {
 
 pub(super) fn run(args: &Args, cpu: &Cpu, out: &mut dyn Write) -> Result<()> {
     let mut config = policies::config(&args.policy, args.reference)?;
+    policies::measure_layers(std::slice::from_mut(&mut config), args.layer_profile.as_deref())?;
     policies::set(std::slice::from_mut(&mut config), &args.settings)?;
     let mut dump = Dump::open(&args.dump)?;
     let bar = eval::progress(dump.geometry().layers().len(), "planning");

@@ -6,5 +6,6 @@ mod bad_plans;
 mod commands;
 mod mutations;
 mod numbers;
+mod probes;
 mod support;
 mod value_norms;

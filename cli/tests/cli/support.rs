@@ -110,16 +110,26 @@ impl Tensors {
     }
 
     pub fn bytes(&self) -> Vec<u8> {
+        self.bytes_with(&[])
+    }
+
+    fn bytes_with(&self, metadata: &[(&str, &str)]) -> Vec<u8> {
         let raw: Vec<(&String, &Values, Vec<u8>)> =
             self.0.iter().map(|(name, v)| (name, v, encode(v))).collect();
         let views = raw
             .iter()
             .map(|(name, v, b)| (*name, TensorView::new(v.dtype, v.shape.clone(), b).unwrap()));
-        safetensors::serialize(views, None).unwrap()
+        let metadata = metadata.iter().map(|&(key, value)| (key.to_owned(), value.to_owned()));
+        safetensors::serialize(views, Some(metadata.collect())).unwrap()
     }
 
     pub fn save(&self, path: &Path) {
         fs::write(path, self.bytes()).unwrap();
+    }
+
+    /// Saves it with entries of the header's metadata.
+    pub fn save_with(&self, path: &Path, metadata: &[(&str, &str)]) {
+        fs::write(path, self.bytes_with(metadata)).unwrap();
     }
 }
 

@@ -79,6 +79,7 @@ impl Case {
             row_pool: None,
             score_window: false,
             gap: 0,
+            probe: false,
         };
         let view = Self::view(&self.q, &self.k, &self.v, &self.o_proj);
         self.cpu.window_attention(&op, &[view], &mut self.scores, None).expect("scores");

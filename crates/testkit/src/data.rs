@@ -252,6 +252,8 @@ pub struct Layer {
     pub v: Tensor,
     /// Queries `[Hq, W, D]`.
     pub q: Option<Tensor>,
+    /// Probe queries `[Hq, M, D]`.
+    pub probe: Option<Tensor>,
     /// Output projection `[1, hidden, Hq·D]`.
     pub o_proj: Option<Tensor>,
     /// Log-sum-exp `[Hq, W, 1]`.
@@ -287,7 +289,7 @@ pub fn with_layers<D: TestDevice, R>(
     f: impl FnOnce(&[LayerView<'_, Lent<'_, D>>]) -> R,
 ) -> R {
     let optional = |layer: &Layer| {
-        [&layer.q, &layer.o_proj, &layer.lse]
+        [&layer.q, &layer.probe, &layer.o_proj, &layer.lse]
             .map(|t| t.as_ref().map(|t| device.upload(&t.elements)))
     };
     let memory: Vec<_> = layers
@@ -297,11 +299,14 @@ pub fn with_layers<D: TestDevice, R>(
     let views: Vec<_> = layers
         .iter()
         .zip(&memory)
-        .map(|(layer, (k, v, [q, o_proj, lse]))| {
+        .map(|(layer, (k, v, [q, probe, o_proj, lse]))| {
             let (k, v) = (layer.k.rows(device.lend(k)), layer.v.rows(device.lend(v)));
             let mut view = LayerView::new(layer.shape, layer.tokens, k, v)?;
             if let (Some(tensor), Some(memory)) = (&layer.q, q) {
                 view = view.with_queries(tensor.rows(device.lend(memory)))?;
+            }
+            if let (Some(tensor), Some(memory)) = (&layer.probe, probe) {
+                view = view.with_probe(tensor.rows(device.lend(memory)))?;
             }
             if let (Some(tensor), Some(memory)) = (&layer.o_proj, o_proj) {
                 view = view.with_output_projection(tensor.rows(device.lend(memory)))?;

@@ -63,7 +63,8 @@ impl Rng {
 pub enum Keys {
     /// Independent of the queries: flat attention.
     Random,
-    /// Every 13th key points along a query: nearly all mass on few slots, the rest down to underflow.
+    /// Every 13th key points along a query (of the probe, if there is one): nearly all mass on few slots, the rest down to
+    /// underflow.
     Peaky,
     /// All keys of a head the same: uniform attention, every score a tie.
     Equal,
@@ -86,6 +87,8 @@ pub struct Spec {
     pub dim: u32,
     /// Query rows; 0 for none.
     pub queries: u32,
+    /// Query rows of a probe; 0 for none.
+    pub probe: u32,
     /// Rows of the output projection; 0 for none.
     pub hidden: u32,
     /// Storage of everything but the log-sum-exp.
@@ -111,6 +114,7 @@ impl Default for Spec {
             group: 2,
             dim: 16,
             queries: 0,
+            probe: 0,
             hidden: 0,
             dtype: Dtype::F32,
             place: Place::HeadsFirst,
@@ -129,9 +133,11 @@ impl Spec {
         let rng = &mut Rng::new(self.seed);
         let query_heads = kv_heads * group;
         let lens = self.kept.clone().unwrap_or(vec![tokens; kv_heads as usize]);
-        let q: Vec<_> = (0..query_heads).map(|_| rng.matrix(self.queries, dim)).collect();
-        let k =
-            (0..kv_heads).map(|h| self.head_keys(rng, lens[h as usize], &q[(h * group) as usize]));
+        let mut rows = |count| (0..query_heads).map(|_| rng.matrix(count, dim)).collect::<Vec<_>>();
+        let (q, probe) = (rows(self.queries), rows(self.probe));
+        let looks = if self.probe > 0 { &probe } else { &q };
+        let k = (0..kv_heads)
+            .map(|h| self.head_keys(rng, lens[h as usize], &looks[(h * group) as usize]));
         let k = Tensor::new(k.collect(), dim, dtype, self.place);
         let v = lens.iter().map(|&len| rng.matrix(len, dim)).collect();
         let o_proj = vec![rng.matrix(self.hidden, query_heads * dim)];
@@ -145,6 +151,7 @@ impl Spec {
             k,
             v: Tensor::new(v, dim, dtype, self.place),
             q: (self.queries > 0).then(|| Tensor::new(q, dim, dtype, self.query_place)),
+            probe: (self.probe > 0).then(|| Tensor::new(probe, dim, dtype, self.query_place)),
             o_proj: (self.hidden > 0)
                 .then(|| Tensor::new(o_proj, query_heads * dim, dtype, Place::HeadsFirst)),
             lse: None,
@@ -197,6 +204,12 @@ pub fn window_head<F: crate::naive::Float>(layer: &Layer, h: usize) -> WindowHea
         tokens: layer.tokens,
         lse: layer.lse.as_ref().map(|lse| group.map(|g| column(lse.head(g))).collect()),
     }
+}
+
+/// The same of a probe's queries.
+pub fn probe_head<F: crate::naive::Float>(layer: &Layer, h: usize) -> WindowHead<F> {
+    let (q, lse) = (layer.probe.clone(), None);
+    window_head(&Layer { q, lse, ..layer.clone() }, h)
 }
 
 /// Kinds of score rows.

@@ -256,6 +256,7 @@ impl Backend for Tampered {
         made pick(slots: &Ragged<u32>, rows: &Ragged<f32>) -> Result<Ragged<f32>>;
         counted count_nan(rows: &Ragged<f32>) -> Result<Vec<u64>>;
         counted mass_count(thresholds: &[f32], caps: &[u32], mass: &Ragged<f32>) -> Result<Vec<u32>>;
+        counted free_mass(protected: &Ragged<Range<u32>>, rows: &Ragged<f32>) -> Result<Vec<u64>>;
         counted selected(selection: &Ragged<u32>) -> Result<Vec<u32>>;
         in_place pool(op: &Pool<'_>) -> Result<()>;
         in_place projection(op: &Projection<'_>, layers: Layers<'_, '_>) -> Result<()>;

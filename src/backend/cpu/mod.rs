@@ -221,6 +221,9 @@ impl Backend for Cpu {
     fn mass_count(&self, thresholds: &[f32], caps: &[u32], mass: &Ragged<f32>) -> Result<Vec<u32>> {
         self.run(|| top_k::mass_count(thresholds, caps, mass))
     }
+    fn free_mass(&self, protected: &Ragged<Range<u32>>, rows: &Ragged<f32>) -> Result<Vec<u64>> {
+        self.run(|| top_k::free_mass(protected, rows))
+    }
     fn pin_top(&self, counts: &[u32], by: &Ragged<f32>, rows: &mut Ragged<f32>) -> Result<()> {
         self.run(|| top_k::pin_top(self.isa, counts, by, rows))
     }

@@ -43,6 +43,7 @@ pub(super) fn run(
         row_pool: None,
         score_window: true,
         gap: 0,
+        probe: false,
     };
     let radius = op.row_pool.unwrap_or(1) as usize / 2;
     let heads: Vec<Head<'_>> = Attention::of(isa, &attention, layers)?

@@ -188,6 +188,18 @@ pub(super) fn mass_count(thresholds: &[f32], caps: &[u32], mass: &Ragged<f32>) -
         .collect())
 }
 
+pub(super) fn free_mass(protected: &Ragged<Range<u32>>, rows: &Ragged<f32>) -> Result<Vec<u64>> {
+    check::free_mass(protected, rows)?;
+    let rows: Vec<_> = rows.iter().zip(protected.iter()).collect();
+    let free = |(row, protected): (&[f32], &[Range<u32>])| {
+        let starts = protected.iter().map(|r| r.start as usize).chain([row.len()]);
+        let ends = [0].into_iter().chain(protected.iter().map(|r| r.end as usize));
+        let slots = ends.zip(starts).flat_map(|(from, to)| &row[from..to]);
+        slots.fold(0u64, |sum, &p| sum.saturating_add(fixed(p)))
+    };
+    Ok(rows.into_par_iter().map(free).collect())
+}
+
 fn fixed(mass: f32) -> u64 {
     // Saturating: NaN and negatives become 0.
     (f64::from(mass) * MASS_ONE).round() as u64

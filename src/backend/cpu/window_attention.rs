@@ -128,9 +128,13 @@ struct Head<'a> {
     op: &'a WindowAttention,
     layer: &'a HostLayer<'a>,
     q: &'a Rows<'a, HostSlice<'a>>,
+    /// Log-sum-exp of the query rows, if lent.
+    lse: Option<&'a Rows<'a, HostSlice<'a>>>,
     head: usize,
     /// Query rows used.
     window: u32,
+    /// Position of the first of them.
+    first: u32,
     /// Slots before the window.
     past: usize,
     /// Slots that get a score: the past, or all.
@@ -142,12 +146,17 @@ struct Head<'a> {
 
 impl<'a> Head<'a> {
     fn new(op: &'a WindowAttention, layer: &'a HostLayer<'a>, head: usize) -> Result<Self> {
-        let q = layer.q(METHOD)?;
         let group = layer.shape().group();
-        // A sequence shorter than the window is all window.
-        let window = op.window.min(layer.tokens());
+        let (q, lse, window, first) = if op.probe {
+            let q = layer.probe(METHOD)?;
+            (q, None, op.window.min(q.len(0) as u32), layer.tokens())
+        } else {
+            // A sequence shorter than the window is all window.
+            let window = op.window.min(layer.tokens());
+            (layer.q(METHOD)?, layer.lse(), window, layer.tokens() - window)
+        };
         for hq in head * group..(head + 1) * group {
-            let rows = layer.lse().map_or(q.len(hq), |lse| q.len(hq).min(lse.len(hq)));
+            let rows = lse.map_or(q.len(hq), |lse| q.len(hq).min(lse.len(hq)));
             if rows < window as usize {
                 return Err(Error::TooFewQueries {
                     method: METHOD,
@@ -156,11 +165,10 @@ impl<'a> Head<'a> {
                 });
             }
         }
-        let first = layer.tokens() - window;
         let past = layer.slots_before(head, first);
         let scored = if op.score_window { layer.k().len(head) } else { past };
         let block = (BLOCK / group).max(1);
-        Ok(Self { op, layer, q, head, window, past, scored, group, block })
+        Ok(Self { op, layer, q, lse, head, window, first, past, scored, group, block })
     }
 
     fn window(&self) -> usize {
@@ -169,13 +177,13 @@ impl<'a> Head<'a> {
 
     /// Slots visible to query row `w` of the window: the first ones.
     fn visible(&self, w: usize) -> usize {
-        self.layer.slots_before(self.head, self.layer.tokens() - self.window + w as u32 + 1)
+        self.layer.slots_before(self.head, self.first + w as u32 + 1)
     }
 
     /// Slots that query row `w` of the window gives scores to: the first ones.
     fn reached(&self, w: usize) -> usize {
-        let newest = self.layer.tokens() - self.window + w as u32 + 1;
-        self.layer.slots_before(self.head, newest.saturating_sub(self.op.gap))
+        let end = self.first + w as u32 + 1;
+        self.layer.slots_before(self.head, end.saturating_sub(self.op.gap))
     }
 
     /// Blocks of window tokens.
@@ -186,7 +194,7 @@ impl<'a> Head<'a> {
 
     /// Whether pass 1 is needed.
     fn two_passes(&self) -> bool {
-        self.scored > 0 && (self.layer.lse().is_none() || self.op.row_pool.is_some())
+        self.scored > 0 && (self.lse.is_none() || self.op.row_pool.is_some())
     }
 
     /// Logits of each block, those of padding included, if they are kept: where products cost more than memory, and not
@@ -281,7 +289,7 @@ impl<'a> Head<'a> {
 
     /// Log-sum-exp of a row, if lent.
     fn lse(&self, g: usize, w: usize) -> Option<f32> {
-        let lse = self.layer.lse()?;
+        let lse = self.lse?;
         let hq = self.head * self.group + g;
         let HostSlice::F32(data) = lse.storage() else { return None };
         Some(data[lse.start(hq, lse.len(hq) - self.window() + w)])

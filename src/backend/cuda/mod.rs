@@ -278,6 +278,9 @@ impl Backend for Cuda {
     fn mass_count(&self, thresholds: &[f32], caps: &[u32], mass: &Floats) -> Result<Vec<u32>> {
         mass_count::run(self, thresholds, caps, mass)
     }
+    fn free_mass(&self, protected: &Ragged<Range<u32>>, rows: &Floats) -> Result<Vec<u64>> {
+        mass_count::free_mass(self, protected, rows)
+    }
     fn pin_top(&self, counts: &[u32], by: &Floats, rows: &mut Floats) -> Result<()> {
         top_k::pin_top(self, counts, by, rows)
     }

@@ -72,6 +72,7 @@ pub(super) fn run(
         row_pool: None,
         score_window: true,
         gap: 0,
+        probe: false,
     };
     let Inputs { mut rows, heads, queries, ends } = Inputs::of(&attention, layers)?;
     let plan = Plan::new(&attention, false, &heads, cuda.driver.processors)?;

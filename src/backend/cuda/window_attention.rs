@@ -10,12 +10,12 @@ use super::driver::{Driver, Memory, Ptr};
 use super::floats::Table;
 use super::launch::{Grid, Kernel};
 use super::views::{HeadRows, Heads};
-use super::{Cuda, DeviceLayer, Floats, check};
+use super::{Cuda, DeviceLayer, DeviceSlice, Floats, check};
 use crate::backend::ops::WindowAttention;
 use crate::error::{Error, Result};
+use crate::view::Rows;
 use plan::flags;
-pub(super) use plan::{Head, Plan, Query, Segment};
-pub(super) use plan::{Part, limit};
+pub(super) use plan::{Head, Part, Plan, Query, Segment, limit};
 
 const METHOD: &str = "window attention";
 
@@ -221,13 +221,22 @@ impl Inputs {
         let mut rows = Heads::keys(layers)?;
         let (mut heads, mut queries, mut ends) = (Vec::new(), Vec::new(), Vec::new());
         for layer in layers {
-            // A sequence shorter than the window is all window.
-            let window = op.window.min(layer.tokens());
             let first = queries.len();
-            push_queries(layer, window, &mut rows, &mut queries)?;
+            let (q, lse, window, tokens) = if op.probe {
+                // Behind the last token: all slots are the past.
+                let q = layer.probe(METHOD)?;
+                let window = op.window.min(q.len(0) as u32);
+                (q, None, window, layer.tokens() + window)
+            } else {
+                // A sequence shorter than the window is all window.
+                (layer.q(METHOD)?, layer.lse(), op.window.min(layer.tokens()), layer.tokens())
+            };
+            push_queries(layer, q, lse, window, &mut rows, &mut queries)?;
             for h in 0..layer.shape().kv_heads() {
                 let group = layer.shape().group();
-                let at = layer.positions().map(|_| ends.len() as u32);
+                // A probe sees all slots, wherever they are.
+                let holes = layer.positions().filter(|_| !op.probe);
+                let at = holes.map(|_| ends.len() as u32);
                 if at.is_some() {
                     push_ends(layer, h, window, op.gap, &mut ends);
                 }
@@ -236,12 +245,12 @@ impl Inputs {
                     query: (first + h * group) as u32,
                     group: group as u32,
                     window,
-                    tokens: layer.tokens(),
+                    tokens,
                     ends: at,
                     longest: layer.k().len(h) as u32,
                     dim: layer.shape().head_dim() as u32,
                     dtype: layer.k().dtype(),
-                    lse: layer.lse().is_some(),
+                    lse: lse.is_some(),
                 });
             }
         }
@@ -252,19 +261,20 @@ impl Inputs {
 /// The last rows of a layer's query heads.
 fn push_queries(
     layer: &DeviceLayer<'_>,
+    q: &Rows<'_, DeviceSlice<'_>>,
+    lse: Option<&Rows<'_, DeviceSlice<'_>>>,
     window: u32,
     rows: &mut Heads,
     queries: &mut Vec<Query>,
 ) -> Result<()> {
-    let q = layer.q(METHOD)?;
     if q.dtype() != layer.k().dtype() {
         let expected = layer.k().dtype();
         return Err(Error::Dtype { what: "queries", expected, got: q.dtype() });
     }
     let of_queries = rows.push("queries", q)?;
-    let of_lse = layer.lse().map(|lse| rows.push_scalars("log-sum-exp", lse)).transpose()?;
+    let of_lse = lse.map(|lse| rows.push_scalars("log-sum-exp", lse)).transpose()?;
     for hq in 0..q.heads() {
-        let lent = layer.lse().map_or(q.len(hq), |lse| lse.len(hq));
+        let lent = lse.map_or(q.len(hq), |lse| lse.len(hq));
         let least = q.len(hq).min(lent) as u64;
         if least < u64::from(window) {
             let needed = window.into();

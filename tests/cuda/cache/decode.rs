@@ -56,6 +56,7 @@ pub fn config() -> Recompress {
         row_pool: None,
         score_window: false,
         gap: 0,
+        probe: false,
     };
     let pool = Some((Pooling::Avg, 3));
     Recompress { score, pool, budget: Share::PerLayer(150), floor: 20, sinks: 3, recent: 8 }

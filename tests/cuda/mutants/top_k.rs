@@ -82,4 +82,12 @@ mutants! {
         "mass_count": "no barrier before masses are added up",
             [1..2, 7] "bar.sync 0;" => ""; RACE, UNINITIALISED, Reference;
     }
+    "mass_count", top_k::free_masses => {
+        "free_mass": "no barrier before the warps' masses are added up",
+            [0..1, 1] "bar.sync 0;" => ""; RACE, UNINITIALISED, Reference;
+        "free_mass": "what is too large starts again at zero",
+            [0..40, 40] "selp.b64 $1, -1, $2, $3;" => "mov.b64 $1, $2;"; Reference;
+        "free_mass": "a protected slot in four counts",
+            [1..2, 4] "setp.eq.s32 $1, $2, -1;" => "setp.ne.s32 $1, $2, $2;"; Reference;
+    }
 }

@@ -20,7 +20,7 @@ pub use num_traits::Float;
 pub use pool::pool;
 pub use projection::projection;
 pub use rows::{coarsen, floor_at_mean, pick, raise, rank, scale_norms, share_heads, weigh};
-pub use top_k::{mass_count, pin_top, ranking, top_k};
+pub use top_k::{free_mass, mass_count, pin_top, ranking, top_k};
 pub use value_norm::value_norm;
 pub use window_attention::{WindowHead, log_sum_exp, window_attention};
 

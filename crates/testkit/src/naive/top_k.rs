@@ -83,6 +83,15 @@ pub fn mass_count(threshold: f64, cap: u32, mass: &[f64]) -> u32 {
     count.min(cap)
 }
 
+/// What is outside the ranges, in units of `2^-40`, at most the largest integer.
+pub fn free_mass(protected: &[Range<u32>], row: &[f64]) -> u64 {
+    let free = |t: u32| !protected.iter().any(|r| r.contains(&t));
+    // Casts stop at the ends of their range, and make NaN zero.
+    let units = |x: f64| (x * (1u64 << 40) as f64).round() as u64;
+    let slots = (0..row.len()).filter(|&t| free(t as u32));
+    slots.map(|t| u128::from(units(row[t]))).sum::<u128>().min(u64::MAX.into()) as u64
+}
+
 /// Sets `row` to +∞ where `by` has its `count` best.
 pub fn pin_top(count: u32, by: &[f64], row: &mut [f64]) {
     for &slot in &ranking(by)[..count as usize] {

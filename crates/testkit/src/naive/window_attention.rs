@@ -1,7 +1,7 @@
 //! Attention of the last queries on one KV head, reduced over the window, then over the group.
 //!
 //! `P[g][w][t] = exp(q[g][w] · k[t] / √D) / Σ over the slots visible to w`; a slot is visible to the queries at
-//! its position and later. A query that sees nothing gives zeros.
+//! its position and later, and to all of a probe. A query that sees nothing gives zeros.
 
 use kvbudget::backend::ops::{Pool, Pooling, Reduce, WindowAttention};
 
@@ -24,8 +24,12 @@ pub struct WindowHead<F> {
 
 /// Scores, and the mean over window and group of the unpooled rows (zero inside the window).
 pub fn window_attention<F: Float>(op: &WindowAttention, head: &WindowHead<F>) -> (Vec<F>, Vec<F>) {
-    let window = op.window as usize;
-    let past = head.positions.iter().filter(|&&p| p < head.tokens - op.window).count();
+    let rows = head.q[0].len();
+    let window = if op.probe { rows.min(op.window as usize) } else { op.window as usize };
+    let past = match op.probe {
+        true => head.k.len(),
+        false => head.positions.iter().filter(|&&p| p < head.tokens - op.window).count(),
+    };
     let scored = if op.score_window { head.k.len() } else { past };
 
     let mut groups = Vec::new();
@@ -34,7 +38,7 @@ pub fn window_attention<F: Float>(op: &WindowAttention, head: &WindowHead<F>) ->
         let mut rows = Vec::new();
         for w in 0..window {
             let at = q.len() - window + w;
-            let newest = head.tokens - op.window + w as u32;
+            let newest = if op.probe { head.tokens } else { head.tokens - op.window + w as u32 };
             let z = head.logits(&q[at], newest);
             let lse = head.lse.as_ref().map_or_else(|| log_sum_exp(&z), |lse| lse[g][at]);
             let mut row: Vec<F> =

@@ -37,12 +37,12 @@ macro_rules! for_each_case {
             projection: lengths windows kernels anchors shapes storage log_sum_exps many_rows long_heads compressed
                 batches non_finite golden errors;
             rows: containers nan_counts norm_scales mean_floors weights raises ranks long_ranks shared_heads units picks errors;
-            top_k: lengths values floors contests tiles parts random_problems pins masses errors;
+            top_k: lengths values floors contests tiles parts random_problems pins masses free_masses errors;
             top_k_golden: cases;
             value_norm: lengths shapes widths blocks storage batches compressed zeros gram_shapes gram_widths gram_channels
                 gram_batches gram_zeros errors;
             window_attention: lengths windows reductions shapes dims many_rows long_rows storage log_sum_exps keys
-                gaps compressed batches non_finite errors;
+                gaps compressed batches probes non_finite errors;
         }
     };
 }

@@ -3,9 +3,9 @@
 use std::fmt::Debug;
 use std::ops::Range;
 
-use kvbudget::Result;
 use kvbudget::backend::Backend;
 use kvbudget::backend::ops::{Contest, TopK};
+use kvbudget::{Ragged, Result};
 
 use super::{fails, pass, read, upload, wide};
 use crate::compare;
@@ -292,6 +292,33 @@ pub fn masses<D: TestDevice>(device: &D) {
             pass(&(first, cap), compare::equal(&got, &want));
         }
     }
+}
+
+/// Sums of what is not protected: to the last unit, over every kind of number and range.
+pub fn free_masses<D: TestDevice>(device: &D) {
+    let attention = |len: u32| {
+        let rng = &mut Rng::new(7);
+        (0..len).map(|_| (rng.unit() / f64::from(len)) as f32).collect::<Vec<_>>()
+    };
+    for kind in Protected::ALL {
+        let mut rows: Vec<Vec<f32>> = LENGTHS.into_iter().chain([5000]).map(attention).collect();
+        rows.extend(Scores::ALL.map(|scores| scores.row(1025, 3)));
+        // Half a unit, a little less; a sum that is too large.
+        rows.push(vec![2f32.powi(-41), 2f32.powi(-41), 1.4 * 2f32.powi(-42)]);
+        rows.push(vec![8e6; 40]);
+        let protected: Ragged<_> = rows.iter().map(|row| kind.ranges(row.len() as u32)).collect();
+        let got = device.backend().free_mass(&protected, &upload(device, &rows));
+        let got = got.unwrap_or_else(|e| panic!("{kind:?}: {e}"));
+        let wide = wide(&rows);
+        let want: Vec<u64> = protected
+            .iter()
+            .zip(&wide)
+            .map(|(ranges, row)| naive::free_mass(ranges, row))
+            .collect();
+        pass(&kind, compare::equal(&got, &want));
+    }
+    let outside = Ragged::from_iter([vec![0..9]]);
+    fails(&"outside", device.backend().free_mass(&outside, &upload(device, &[vec![0.0; 8]])));
 }
 
 /// Problems without a solution, and problems that are none.

@@ -9,7 +9,7 @@ use kvbudget::{Dtype, Ragged};
 use super::{DTYPES, Expected, batch, fails, poisoned, read, scored, stored};
 use crate::compare::Scale;
 use crate::data::{Layer, Place, TestDevice, segment_lens, with_layers};
-use crate::generate::{Keys, LENGTHS, Spec, window_head};
+use crate::generate::{Keys, LENGTHS, Spec, probe_head, window_head};
 use crate::naive;
 
 const PLAIN: WindowAttention = WindowAttention {
@@ -19,6 +19,7 @@ const PLAIN: WindowAttention = WindowAttention {
     row_pool: None,
     score_window: false,
     gap: 0,
+    probe: false,
 };
 
 /// Every combination of reductions, row pooling (none, the identity, and kernels wider than a tiny past)
@@ -36,6 +37,7 @@ fn every_reduction(window: u32) -> Vec<WindowAttention> {
                     row_pool,
                     score_window,
                     gap: 0,
+                    probe: false,
                 });
             }
         }
@@ -47,10 +49,12 @@ fn every_reduction(window: u32) -> Vec<WindowAttention> {
 fn expected(op: &WindowAttention, layers: &[Layer]) -> [Expected; 2] {
     let [mut scores, mut means] = <[Expected; 2]>::default();
     for (layer, h) in layers.iter().flat_map(|l| (0..l.shape.kv_heads()).map(move |h| (l, h))) {
-        let (score, mean) = naive::window_attention(op, &window_head(layer, h));
+        let exact = if op.probe { probe_head(layer, h) } else { window_head(layer, h) };
+        let (score, mean) = naive::window_attention(op, &exact);
         scores.want.push(score);
         means.want.push(mean);
-        let (score, mean) = naive::window_attention(op, &window_head(layer, h));
+        let narrow = if op.probe { probe_head(layer, h) } else { window_head(layer, h) };
+        let (score, mean) = naive::window_attention(op, &narrow);
         scores.baseline.push(score);
         means.baseline.push(mean);
     }
@@ -288,6 +292,43 @@ pub fn batches<D: TestDevice>(device: &D) {
     }
 }
 
+/// Queries of a probe see all slots: fewer than there are tokens or more, one or many, also where positions have holes; the
+/// last of them, if not all; whatever else is lent.
+pub fn probes<D: TestDevice>(device: &D) {
+    let op = WindowAttention { window: u32::MAX, probe: true, ..PLAIN };
+    let worst = WindowAttention { over_window: Reduce::Max, over_group: Reduce::Max, ..op };
+    for (group, dtype) in [1, 2, 7].into_iter().zip(DTYPES) {
+        for (tokens, probe) in [(1, 1), (1, 9), (37, 1), (37, 90), (150, 20)] {
+            let layer = Spec { tokens, probe, group, dtype, ..Spec::default() }.build();
+            for op in [op, worst, WindowAttention { window: 7, ..worst }] {
+                check(device, (group, tokens, probe), &op, std::slice::from_ref(&layer));
+            }
+        }
+    }
+    let base = Spec { tokens: 70, probe: 5, dim: 80, keys: Keys::Peaky, ..Spec::default() };
+    for spec in stored(&base) {
+        for query_place in [Place::HeadsFirst, Place::TokensFirst] {
+            let spec = Spec { query_place, ..spec.clone() };
+            check(device, &spec, &worst, &[spec.build()]);
+        }
+    }
+    for kept in [vec![5, 20, 64], vec![1, 0, 2]] {
+        let base = Spec { tokens: 64, kv_heads: 3, probe: 70, kept: Some(kept), ..Spec::default() };
+        let spec = Spec { place: Place::Paged { page: 4 }, ..base };
+        for op in [op, worst] {
+            check(device, &spec, &op, &[spec.build()]);
+        }
+    }
+    let spec = Spec { tokens: 45, queries: 8, lse: true, probe: 5, ..Spec::default() };
+    for op in every_reduction(u32::MAX) {
+        check(device, "beside a window", &WindowAttention { probe: true, ..op }, &[spec.build()]);
+    }
+    let layers = batch(&Spec { probe: 40, ..Spec::default() });
+    for op in [op, worst] {
+        check(device, "batch", &op, &layers);
+    }
+}
+
 /// NaN goes through both reductions, to be counted by the caller; infinite keys give what IEEE says.
 pub fn non_finite<D: TestDevice>(device: &D) {
     for dtype in [Dtype::F32, Dtype::BF16] {
@@ -330,6 +371,10 @@ pub fn errors<D: TestDevice>(device: &D) {
     fails(&"too few queries", run(&layers(7), PLAIN));
     let pooled = WindowAttention { gap: 1, row_pool: Some(3), ..PLAIN };
     fails(&"gap and pooled rows", run(&layers(8), pooled));
+    let probe = WindowAttention { probe: true, ..PLAIN };
+    fails(&"no probe", run(&layers(8), probe));
+    let probed = [Spec { probe: 3, ..Spec::default() }.build()];
+    fails(&"a probe with a gap", run(&probed, WindowAttention { gap: 1, ..probe }));
     fails(&"even kernel", run(&layers(8), WindowAttention { row_pool: Some(4), ..PLAIN }));
 
     for lens in [&[40][..], &[40, 39], &[40, 41], &[40, 40, 40]] {

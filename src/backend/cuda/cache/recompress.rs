@@ -88,6 +88,10 @@ impl Slots {
             let (query_heads, kv_heads) = (query_heads as u32, heads as u32);
             return Err(Error::HeadsNotDivisible { query_heads, kv_heads });
         }
+        if config.score.probe {
+            let why = "it looks with the newest tokens' queries";
+            return Err(Error::Unsupported { what: "recompression by a probe", why });
+        }
         let window = config.score.window;
         if config.recent < window {
             let (name, expected) = ("recent", "at least the window, whose slots have no scores");

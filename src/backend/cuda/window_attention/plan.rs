@@ -66,9 +66,10 @@ pub(in super::super) struct Head {
     /// The first of its group's heads among the [`Query`]s.
     pub query: u32,
     pub group: u32,
-    /// Query rows that are used, at most as many as there are tokens.
+    /// Query rows that are used: at most as many as there are tokens, or as a probe has.
     pub window: u32,
-    /// Tokens that the sequence has seen; 0: as many as the head has slots, as far as the window can tell.
+    /// Tokens that the sequence has seen, and a probe's behind them; 0: as many as the head has slots, as far as the window
+    /// can tell.
     pub tokens: u32,
     /// First of its entries in the table of ends: the past, what each query row sees, what each gives scores to. For
     /// heads whose slots are not positions.
