@@ -22,9 +22,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{
-    Needs, Queries, Redundant, Room, Scored, Scorer, Subspace, past_lens, segment_lens,
-};
+use super::{Needs, Queries, Redundant, Room, Scored, Scorer, Subspace, past_lens, segment_lens};
 use crate::backend::Backend;
 use crate::backend::ops::{Pool, Pooling, Reduce, Residuals, Saliency, WindowAttention};
 use crate::error::{Error, Result};
@@ -85,7 +83,12 @@ struct Frames {
 
 impl GuiKv {
     /// What a head holds of the frames, as far as redundancy goes: nothing without keys of the current and of an earlier one.
-    fn frames<S: Storage>(&self, layer: &LayerView<'_, S>, head: usize, frames: &[Range<u32>]) -> Frames {
+    fn frames<S: Storage>(
+        &self,
+        layer: &LayerView<'_, S>,
+        head: usize,
+        frames: &[Range<u32>],
+    ) -> Frames {
         let past = layer.tokens().saturating_sub(self.window);
         let slots = |positions: &Range<u32>, end: u32| {
             let before = |position: u32| layer.slots_before(head, position.min(end)) as u32;
@@ -95,8 +98,11 @@ impl GuiKv {
             Some((current, earlier)) => (slots(current, u32::MAX), earlier),
             None => (0..0, frames),
         };
-        let earlier: Vec<_> =
-            earlier.iter().map(|frame| slots(frame, past)).filter(|slots| !slots.is_empty()).collect();
+        let earlier: Vec<_> = earlier
+            .iter()
+            .map(|frame| slots(frame, past))
+            .filter(|slots| !slots.is_empty())
+            .collect();
         if current.is_empty() || earlier.is_empty() {
             return Frames { current: 0..0, earlier: Vec::new() };
         }
@@ -121,9 +127,8 @@ impl GuiKv {
             Subspace::Pivoted | Subspace::Svd => frame.current.clone(),
         };
         let keys = backend.keys(&frames.iter().map(read).collect::<Vec<_>>(), layers)?;
-        let of_segment = |(s, &dim): (usize, &usize)| {
-            self.subspace.basis(keys.row(s), dim, self.rank as usize)
-        };
+        let of_segment =
+            |(s, &dim): (usize, &usize)| self.subspace.basis(keys.row(s), dim, self.rank as usize);
         let bases: Vec<Vec<f32>> = dims.par_iter().enumerate().map(of_segment).collect();
         let bases: Ragged<f32> = bases.into_iter().collect();
         let earlier: Ragged<Range<u32>> = frames.into_iter().map(|f| f.earlier).collect();

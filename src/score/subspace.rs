@@ -83,7 +83,8 @@ fn longest(rows: &[(Vec<f64>, f64)]) -> usize {
 /// Eigenvectors of the keys' Gram matrix `[dim, dim]`, the largest eigenvalues first: in f64 its squared condition is harmless.
 fn principal(rows: &[Vec<f64>], dim: usize, rank: usize) -> Vec<Vec<f64>> {
     let keys = DMatrix::from_iterator(dim, rows.len(), rows.iter().flatten().copied());
-    let SymmetricEigen { eigenvectors, eigenvalues } = SymmetricEigen::new(&keys * keys.transpose());
+    let SymmetricEigen { eigenvectors, eigenvalues } =
+        SymmetricEigen::new(&keys * keys.transpose());
     let mut order: Vec<usize> = (0..dim).collect();
     order.sort_by(|&a, &b| eigenvalues[b].total_cmp(&eigenvalues[a]));
     let least = order.first().map_or(0.0, |&i| eigenvalues[i] * NOTHING * NOTHING);

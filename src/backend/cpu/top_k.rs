@@ -264,12 +264,7 @@ pub(super) fn drop_top(
 }
 
 /// The `counts[s]` best slots of each row of `by`.
-fn marked(
-    isa: Isa,
-    counts: &[u32],
-    by: &Ragged<f32>,
-    rows: &Ragged<f32>,
-) -> Result<Ragged<u32>> {
+fn marked(isa: Isa, counts: &[u32], by: &Ragged<f32>, rows: &Ragged<f32>) -> Result<Ragged<u32>> {
     check::marked_top(counts, by, rows)?;
     let contests: Vec<Contest> = counts
         .iter()

@@ -11,16 +11,8 @@ use crate::backend::ops::Saliency;
 use crate::error::Result;
 
 /// Rows, stretches, norms of each view, pages, where each row's positions start, positions, weight, temperature.
-type Arguments = (
-    Ptr<Ptr<f32>>,
-    Ptr<Stretch>,
-    Ptr<HeadRows>,
-    Ptr<u32>,
-    Ptr<i64>,
-    Ptr<u32>,
-    f32,
-    f32,
-);
+type Arguments =
+    (Ptr<Ptr<f32>>, Ptr<Stretch>, Ptr<HeadRows>, Ptr<u32>, Ptr<i64>, Ptr<u32>, f32, f32);
 const SALIENCY: Kernel<Arguments> = Kernel::new("saliency", "saliency");
 
 /// What a row gets. The twin of `Stretch` in `kernels/saliency.cu`.

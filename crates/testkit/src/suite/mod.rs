@@ -7,7 +7,9 @@ pub mod attend;
 pub mod key_scores;
 pub mod lag;
 pub mod pool;
+pub mod residual;
 pub mod rows;
+pub mod saliency;
 pub mod top_k;
 pub mod top_k_golden;
 pub mod value_norm;
@@ -33,8 +35,10 @@ macro_rules! for_each_case {
             key_scores: norms differences storage wide magnitudes no_direction non_finite recency random errors;
             lag: cross_scores ranks storage wide ties short_heads flat_channels non_finite errors;
             pool: averages maxima non_finite errors;
+            residual: keys lengths ranks dims storage batches inside non_finite errors;
+            saliency: lengths temperatures equal storage batches non_finite errors;
             rows: containers nan_counts norm_scales mean_floors weights raises ranks long_ranks shared_heads units picks errors;
-            top_k: lengths values floors contests tiles parts random_problems pins masses errors;
+            top_k: lengths values floors contests tiles parts random_problems pins drops masses errors;
             top_k_golden: cases;
             value_norm: lengths shapes widths blocks storage batches compressed zeros gram_shapes gram_widths gram_channels
                 gram_batches gram_zeros errors;
