@@ -10,13 +10,14 @@ use crate::error::{Error, Result};
 use crate::policy::{PolicyConfig, TwoStage};
 use crate::profile::Profile;
 use crate::score::{
-    Defensive, H2o, KNorm, KeyDiff, LagKv, Random, Reach, Reconstruct, ScorerConfig, SnapKv,
+    Defensive, GuiKv, H2o, KNorm, KeyDiff, LagKv, Random, Reach, Reconstruct, ScorerConfig, SnapKv,
     Streaming, Tova,
 };
 use crate::select::Protect;
 
-/// Names of the presets that need nothing but what a prefill leaves behind. Beside them there is `reconstruct`, which
-/// needs a second pass ([`Reconstruction`](crate::score::Reconstruction)), and [`profiled`], which needs a profile.
+/// Names of the presets that need nothing but what a prefill leaves behind. Beside them there are `reconstruct`, which
+/// needs a second pass ([`Reconstruction`](crate::score::Reconstruction)), `guikv`, which needs to be told where frames
+/// are ([`Spans`](crate::Spans)) and the norms of hidden rows, and [`profiled`], which needs a profile.
 pub const PRESETS: &[&str] = &[
     "streaming",
     "snapkv",
@@ -82,6 +83,11 @@ pub fn preset(name: &str) -> Result<PolicyConfig> {
             protect: Protect { recent_share: Fraction::new(1, 2)?, ..recent(1) },
             ..plain(ScorerConfig::H2o(H2o {}))
         },
+        "guikv" => {
+            let scorer = GuiKv::default();
+            let protect = recent(scorer.window);
+            PolicyConfig { protect, ..plain(ScorerConfig::GuiKv(scorer)) }
+        }
         "reach" => PolicyConfig::default(),
         "reconstruct" => PolicyConfig {
             protect: Protect { sinks: 4, ..recent(1) },
@@ -94,7 +100,7 @@ pub fn preset(name: &str) -> Result<PolicyConfig> {
             return Err(Error::UnknownName {
                 what: "policy",
                 got: name.to_owned(),
-                known: format!("{}, reconstruct", PRESETS.join(", ")),
+                known: format!("{}, guikv, reconstruct", PRESETS.join(", ")),
             });
         }
     })

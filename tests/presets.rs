@@ -7,11 +7,17 @@ use kvbudget::plan::Promise;
 use kvbudget::score::{Queries, Reconstruction};
 use kvbudget::{
     Budget, Dtype, Error, Geometry, LayerId, LayerShape, LayerView, PRESETS, Plan, Planner,
-    PolicyConfig, Profile, Ragged, Reference, Result, Rows, preset, profiled, reference,
+    PolicyConfig, Profile, Ragged, Reference, Result, Rows, Span, SpanKind, Spans, preset,
+    profiled, reference,
 };
 
 const DIM: u32 = 8;
 const HIDDEN: u32 = 24;
+
+/// Every preset whose needs a [`Model`] meets.
+fn presets() -> impl Iterator<Item = &'static str> {
+    PRESETS.iter().copied().chain(["guikv"])
+}
 
 /// Tensors of a small model: queries of all tokens, so that every method has what it needs.
 struct Model {
@@ -20,6 +26,10 @@ struct Model {
     heads: Vec<(u32, u32)>,
     /// `[k, v, q, o_proj]` of each layer.
     layers: Vec<[Vec<f32>; 4]>,
+    /// Norms of hidden rows, the same for all layers.
+    norms: Vec<f32>,
+    /// Two frames.
+    spans: Spans,
 }
 
 impl Model {
@@ -39,7 +49,11 @@ impl Model {
             [noise(cache), noise(cache), noise(hq * tokens * DIM), noise(HIDDEN * hq * DIM)]
         };
         let layers = heads.iter().map(&mut layer).collect();
-        Self { tokens, heads: heads.to_vec(), layers }
+        let norms = noise(tokens).into_iter().map(|x| 20.0 + x).collect();
+        let frames = [tokens / 10..tokens / 2, tokens / 2 + 1..tokens * 9 / 10];
+        let frames = frames.into_iter().filter(|frame| !frame.is_empty());
+        let spans = frames.map(|positions| Span { kind: SpanKind::Frame, positions }).collect();
+        Self { tokens, heads: heads.to_vec(), layers, norms, spans: Spans::new(spans).unwrap() }
     }
 
     fn geometry(&self) -> Geometry {
@@ -61,6 +75,8 @@ impl Model {
         )
         .and_then(|view| view.with_queries(rows(q, hq, self.tokens, DIM)))
         .and_then(|view| view.with_output_projection(rows(o, 1, HIDDEN, hq * DIM)))
+        .and_then(|view| view.with_hidden_norms(rows(&self.norms, 1, self.tokens, 1)))
+        .and_then(|view| view.with_spans(&self.spans))
         .unwrap()
     }
 
@@ -92,7 +108,7 @@ fn every_preset_meets_every_budget() {
     ] {
         let model = Model::new(tokens, &heads);
         let geometry = model.geometry();
-        for name in PRESETS {
+        for name in presets() {
             let config = preset(name).unwrap();
             for budget in budgets() {
                 let plan = model
@@ -115,7 +131,7 @@ fn every_preset_meets_every_budget() {
 fn one_scoring_serves_every_budget() {
     let model = Model::new(150, &[(4, 2), (2, 2), (6, 1)]);
     let (cpu, geometry) = (Cpu::new(), model.geometry());
-    for name in PRESETS {
+    for name in presets() {
         let config = preset(name).unwrap();
         let policy = config.build::<Cpu>().unwrap();
         let planner = |budget| Planner::new(&cpu, &policy, &geometry, budget, &[model.tokens]);
@@ -138,7 +154,7 @@ fn one_scoring_serves_every_budget() {
 #[test]
 fn every_preset_can_keep_whole_pages() {
     let model = Model::new(150, &[(4, 2), (4, 2)]);
-    for name in PRESETS {
+    for name in presets() {
         let mut config = preset(name).unwrap();
         config.set("unit", "16").unwrap();
         for budget in budgets() {
@@ -229,7 +245,7 @@ fn weights_are_followed() {
 fn parameters_are_reached_by_name() {
     let model = Model::new(150, &[(4, 2), (4, 2)]);
     let budget: Budget = "30%".parse().unwrap();
-    for name in PRESETS {
+    for name in presets() {
         let original = preset(name).unwrap();
         let mut config = original.clone();
         for (key, value) in original.parameters() {
@@ -244,7 +260,7 @@ fn parameters_are_reached_by_name() {
         }
     }
     let error = preset("snapkw").unwrap_err().to_string();
-    assert!(PRESETS.iter().all(|name| error.contains(name)), "{error}");
+    assert!(presets().all(|name| error.contains(name)), "{error}");
 }
 
 /// Parameters change plans: none is read and dropped.
@@ -272,6 +288,13 @@ fn parameters_matter() {
         ("lagkv", "lag", "16"),
         ("lagkv", "lag_sinks", "40"),
         ("h2o", "recent_share", "0.9"),
+        ("guikv", "window", "20"),
+        ("guikv", "kernel", "1"),
+        ("guikv", "saliency", "50"),
+        ("guikv", "temperature", "0.1"),
+        ("guikv", "rank", "1"),
+        ("guikv", "subspace", "first"),
+        ("guikv", "subspace", "pivoted"),
         ("random", "seed", "1"),
     ];
     let budget: Budget = "30%".parse().unwrap();
@@ -280,6 +303,10 @@ fn parameters_matter() {
         if name.contains("defensive") {
             // Attention is nearly flat here: with 0.9 the first sets would use up equal shares.
             config.set("threshold", "0.2").unwrap();
+        }
+        if name == "guikv" {
+            // A subspace of all 8 directions leaves nothing to tell slots apart by.
+            config.set("rank", "3").unwrap();
         }
         let before = model.plan(&config, budget).unwrap();
         config.set(key, value).unwrap();
@@ -294,8 +321,7 @@ fn batches_are_independent() {
     let heads = [(4, 2), (2, 2)];
     let models = [Model::new(150, &heads), Model::new(40, &heads), Model::new(97, &heads)];
     let published = Reference::Kvpress.presets().iter().filter(|name| **name == "knorm");
-    let configs = PRESETS
-        .iter()
+    let configs = presets()
         .map(|name| preset(name).unwrap())
         .chain(published.map(|name| reference(Reference::Kvpress, name).unwrap()));
     for config in configs {
@@ -482,9 +508,15 @@ fn needs_are_what_is_asked_for() {
         if needs.o_proj {
             bare = bare.with_output_projection(*view.o_proj("test").unwrap()).unwrap();
         }
+        if needs.hidden_norms {
+            bare = bare.with_hidden_norms(*view.hidden_norms("test").unwrap()).unwrap();
+        }
+        if needs.spans {
+            bare = bare.with_spans(&model.spans).unwrap();
+        }
         bare
     };
-    for name in PRESETS {
+    for name in presets() {
         let policy = preset(name).unwrap().build::<Cpu>().unwrap();
         let (cpu, geometry) = (Cpu::new(), model.geometry());
         let half = Budget::keep(1, 2).unwrap();
@@ -506,6 +538,14 @@ fn needs_are_what_is_asked_for() {
         if needs.o_proj {
             let needs = kvbudget::score::Needs { o_proj: false, ..needs };
             assert!(push(needs).is_err(), "{name} can do without o_proj");
+        }
+        if needs.hidden_norms {
+            let needs = kvbudget::score::Needs { hidden_norms: false, ..needs };
+            assert!(push(needs).is_err(), "{name} can do without hidden norms");
+        }
+        if needs.spans {
+            let needs = kvbudget::score::Needs { spans: false, ..needs };
+            assert!(push(needs).is_err(), "{name} can do without spans");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Synthetic dumps, and running the binary on them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -110,16 +110,25 @@ impl Tensors {
     }
 
     pub fn bytes(&self) -> Vec<u8> {
+        self.bytes_with(None)
+    }
+
+    fn bytes_with(&self, metadata: Option<HashMap<String, String>>) -> Vec<u8> {
         let raw: Vec<(&String, &Values, Vec<u8>)> =
             self.0.iter().map(|(name, v)| (name, v, encode(v))).collect();
         let views = raw
             .iter()
             .map(|(name, v, b)| (*name, TensorView::new(v.dtype, v.shape.clone(), b).unwrap()));
-        safetensors::serialize(views, None).unwrap()
+        safetensors::serialize(views, metadata).unwrap()
     }
 
     pub fn save(&self, path: &Path) {
         fs::write(path, self.bytes()).unwrap();
+    }
+
+    pub fn save_with(&self, path: &Path, metadata: &[(&str, &str)]) {
+        let pair = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
+        fs::write(path, self.bytes_with(Some(metadata.iter().map(pair).collect()))).unwrap();
     }
 }
 

@@ -15,7 +15,9 @@ mod key_scores;
 mod lag;
 mod pool;
 mod rank;
+mod residual;
 mod rows;
+mod saliency;
 mod top_k;
 mod value_gram;
 mod value_norm;
@@ -62,7 +64,9 @@ const MUTANTS: &[&[Mutant]] = &[
     lag::MUTANTS,
     pool::MUTANTS,
     rank::MUTANTS,
+    residual::MUTANTS,
     rows::MUTANTS,
+    saliency::MUTANTS,
     top_k::MUTANTS,
     value_gram::MUTANTS,
     value_norm::MUTANTS,
