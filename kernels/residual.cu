@@ -10,9 +10,9 @@
 // Launch: 256 threads; grid (ceil(most slots of a row / 128), rows).
 //
 // Eight lanes own a row, as in key_scores.cu. The key stays in registers, and each b takes its part out of what the ones
-// before have left: as good as all parts at once where the b are orthogonal to rounding, and better conditioned. The residual is formed,
-// since |k|^2 - |Bk|^2 cancels where it matters. 32 of the b at a time are in shared memory, laid out so that eight lanes
-// read 128 bytes in a row. The last sum is f64: squares stay in its range.
+// before have left, which is all parts at once for orthogonal b. The residual is formed, since |k|^2 - |Bk|^2 cancels where
+// it matters. 32 of the b at a time are in shared memory, laid out so that eight lanes read 128 bytes in a row. The last
+// sum is f64: squares stay in its range.
 // Source: GUI-KV (arXiv 2510.00536).
 // gates: keys_* LDG.E.128 STG.E.128 registers<=40
 // gates: residual_norms_*_128 LDG.E.128>=2 LDS.128>=4 FFMA SHFL STG.E registers<=96

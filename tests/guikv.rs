@@ -1,4 +1,5 @@
 //! GUI-KV: golden vectors of its parts, the whole against loops in f64, and screenshots that repeat each other.
+#![allow(clippy::single_range_in_vec_init, reason = "one frame is a list of frames")]
 
 use std::ops::Range;
 
@@ -34,8 +35,8 @@ fn residuals(basis: Vec<f32>, keys: &[f32], dim: u32) -> Vec<f32> {
 
 fn close(got: &[f32], want: &[f32], tolerance: f32) {
     assert_eq!(got.len(), want.len());
-    let off = got.iter().zip(want).any(|(g, w)| !((g - w).abs() <= tolerance));
-    assert!(!off, "got {got:?}, want {want:?}");
+    let near = got.iter().zip(want).all(|(g, w)| (g - w).abs() <= tolerance);
+    assert!(near, "got {got:?}, want {want:?}");
 }
 
 /// By hand: the first two keys span the plane, so that only the third coordinate is left.

@@ -11,9 +11,9 @@
 //!   head's `n` slots: last of all, yet not forbidden. `n` counts slots held, so that after every frame the earlier ones lose
 //!   of what they still had.
 //!
-//! * Source: GUI-KV (arXiv 2510.00536), from a description; its code is not for commercial use and was not read. One selection per KV head by
-//!   the mean over its group, where the code selects per query head. The code takes the first 32 keys of the frame for
-//!   its subspace (`subspace=first`), the text speaks of a key subspace: here the principal one.
+//! * Source: GUI-KV (arXiv 2510.00536), from a description: its code is not for commercial use, and was not looked at. One
+//!   selection per KV head by the mean over its group, where the code selects per query head. The code takes the first 32 keys
+//!   of the frame for its subspace (`subspace=first`), the text speaks of a key subspace: here the principal one.
 //! * The window's tokens are protected and score 0: what of a frame lies in the window takes no part.
 //! * Cost: SnapKV's with `W` = 8; `4·rank·D` flops per earlier slot; the frame's keys travel to the host, for `2·D²` flops
 //!   per key there and `O(D³)` per head.

@@ -3,7 +3,8 @@
 //! In: k `[H, len, D]`, orthonormal bases `[rank, D]` f32; out `[H, len]` f32. Source: GUI-KV (arXiv 2510.00536).
 //!
 //! The residual is formed, `k - Bᵀ(B k)`, and not taken from `‖k‖² - ‖B k‖²`: what matters is which keys have least left,
-//! and there the difference cancels, to an error of `√ε ‖k‖` (3e-4 in f32, and the bases are f32) where the residual has `ε ‖k‖`.
+//! and there the difference cancels, to an error of `√ε ‖k‖` (3e-4 in f32, and the bases are f32) where the residual has
+//! one of `ε ‖k‖`.
 //!
 //! Cost: one read of K and `4·rank·D` flops per slot, two products over tiles of a fixed size.
 
