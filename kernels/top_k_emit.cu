@@ -4,12 +4,14 @@
 //                candidates those above the threshold and the first that equal it. Places come from the tiles before by
 //                look-back. No score is read.
 //   top_k_pin    sets rows to infinity at the selected slots
+//   top_k_drop   lowers rows to at most 0 there, but where `by` is -infinity or NaN; a NaN stays
 //
-// Launch: emit grid (ceil(longest / 4096), segments), pin grid (ceil(largest count / 1024), segments), 256 threads.
+// Launch: emit grid (ceil(longest / 4096), segments), pin and drop grid (ceil(largest count / 1024), segments), 256 threads.
 // `status` is zeroed before. Source: Merrill and Garland, Single-pass parallel prefix scan with decoupled look-back
 // (NVR-2016-002).
 // gates: top_k_emit VOTE>=32 REDUX ATOMG==1 !ATOMS !MEMBAR registers<=80
 // gates: top_k_pin STG.E
+// gates: top_k_drop LDG.E>=2 STG.E
 #include "top_k.cuh"
 
 // Per tile: how many keys are above the threshold and how many equal it, and whether that is of the tile or of
@@ -118,4 +120,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     Cut cut = cuts[blockIdx.y];
     u32 stop = min(blockIdx.x * 1024 + 1024, cut.count);
     for (u32 i = blockIdx.x * 1024 + threadIdx.x; i < stop; i += THREADS) row[positions[cut.start + i]] = INFINITE;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    top_k_drop(float* const* rows, const float* const* by, const Cut* cuts, const u32* positions) {
+    float* row = global(rows[blockIdx.y]);
+    const float* why = global(by[blockIdx.y]);
+    Cut cut = cuts[blockIdx.y];
+    u32 stop = min(blockIdx.x * 1024 + 1024, cut.count);
+    for (u32 i = blockIdx.x * 1024 + threadIdx.x; i < stop; i += THREADS) {
+        u32 slot = positions[cut.start + i];
+        if (why[slot] > -INFINITE && row[slot] > 0.0f) row[slot] = 0.0f;
+    }
 }

@@ -89,7 +89,7 @@ pub use layer_profile::LayerProfile;
 pub use plan::Plan;
 pub use planner::{Planner, Sequence};
 pub use policy::{Policy, PolicyConfig, TwoStage};
-pub use preset::{PRESETS, PROBED, preset, profiled};
+pub use preset::{INFORMED, PRESETS, preset, profiled};
 pub use profile::Profile;
 pub use ragged::Ragged;
 pub use reference::{Reference, reference};

@@ -11,14 +11,14 @@ use crate::error::{Error, Result};
 use crate::policy::{PolicyConfig, TwoStage};
 use crate::profile::Profile;
 use crate::score::{
-    AnDPro, Defensive, H2o, KNorm, KeyDiff, LagKv, Probe, Random, Reach, Reconstruct, ScorerConfig,
-    SnapKv, Streaming, Tova,
+    AnDPro, Defensive, GuiKv, H2o, KNorm, KeyDiff, LagKv, Probe, Random, Reach, Reconstruct,
+    ScorerConfig, SnapKv, Streaming, Tova,
 };
 use crate::select::{Align, Protect};
 use crate::spans::SpanKind;
 
-/// Names of the presets that need nothing but what a prefill leaves behind. Beside them there is `reconstruct`, which
-/// needs a second pass ([`Reconstruction`](crate::score::Reconstruction)), [`profiled`], which needs a profile, and [`PROBED`].
+/// Names of the presets that need nothing but what a prefill leaves behind. Beside them there are `reconstruct`, which
+/// needs a second pass ([`Reconstruction`](crate::score::Reconstruction)), [`profiled`], which needs a profile, and [`INFORMED`].
 pub const PRESETS: &[&str] = &[
     "streaming",
     "snapkv",
@@ -39,9 +39,11 @@ pub const PRESETS: &[&str] = &[
     "random",
 ];
 
-/// Names of the presets that look with a probe's queries ([`LayerView::with_probe`](crate::LayerView::with_probe)). Their
-/// layers are equal until something is known of them: see [`LayerProfile`](crate::LayerProfile).
-pub const PROBED: &[&str] = &["epicache", "maskkv"];
+/// Names of the presets that the engine tells more: `epicache` and `maskkv` look with a probe's queries
+/// ([`LayerView::with_probe`](crate::LayerView::with_probe)), and their layers are equal until something is known of them
+/// ([`LayerProfile`](crate::LayerProfile)); `maskkv` and `guikv` ask what stretches are ([`Spans`](crate::Spans)), `guikv` for the norms of
+/// hidden rows.
+pub const INFORMED: &[&str] = &["epicache", "maskkv", "guikv"];
 
 /// A published combination with its defaults.
 pub fn preset(name: &str) -> Result<PolicyConfig> {
@@ -98,6 +100,11 @@ pub fn preset(name: &str) -> Result<PolicyConfig> {
             protect: Protect { recent_share: Fraction::new(1, 2)?, ..recent(1) },
             ..plain(ScorerConfig::H2o(H2o {}))
         },
+        "guikv" => {
+            let scorer = GuiKv::default();
+            let protect = recent(scorer.window);
+            PolicyConfig { protect, ..plain(ScorerConfig::GuiKv(scorer)) }
+        }
         "reach" => PolicyConfig::default(),
         "reconstruct" => PolicyConfig {
             protect: Protect { sinks: 4, ..recent(1) },
@@ -126,7 +133,7 @@ pub fn preset(name: &str) -> Result<PolicyConfig> {
             return Err(Error::UnknownName {
                 what: "policy",
                 got: name.to_owned(),
-                known: format!("{}, {}, reconstruct", PRESETS.join(", "), PROBED.join(", ")),
+                known: format!("{}, {}, reconstruct", PRESETS.join(", "), INFORMED.join(", ")),
             });
         }
     })

@@ -6,8 +6,9 @@ use kvbudget::backend::cpu::{Cpu, HostLayer, HostSlice};
 use kvbudget::plan::Promise;
 use kvbudget::score::{Queries, Reconstruction};
 use kvbudget::{
-    Budget, Dtype, Error, Geometry, LayerId, LayerShape, LayerView, PRESETS, PROBED, Plan, Planner,
-    PolicyConfig, Profile, Ragged, Reference, Result, Rows, preset, profiled, reference,
+    Budget, Dtype, Error, Geometry, INFORMED, LayerId, LayerShape, LayerView, PRESETS, Plan,
+    Planner, PolicyConfig, Profile, Ragged, Reference, Result, Rows, Span, SpanKind, Spans, preset,
+    profiled, reference,
 };
 
 const DIM: u32 = 8;
@@ -16,9 +17,9 @@ const HIDDEN: u32 = 24;
 /// Rows of the probe.
 const PROBE: u32 = 7;
 
-/// Every preset whose views need one pass: with a probe or without.
+/// Every preset whose needs a [`Model`] meets.
 fn presets() -> impl Iterator<Item = &'static str> {
-    PRESETS.iter().chain(PROBED).copied()
+    PRESETS.iter().chain(INFORMED).copied()
 }
 
 /// Tensors of a small model: queries of all tokens and of a probe, so that every method has what it needs.
@@ -30,6 +31,10 @@ struct Model {
     layers: Vec<[Vec<f32>; 4]>,
     /// Probe queries of each layer.
     probes: Vec<Vec<f32>>,
+    /// Norms of hidden rows, the same for all layers.
+    norms: Vec<f32>,
+    /// Two frames.
+    spans: Spans,
 }
 
 impl Model {
@@ -50,7 +55,12 @@ impl Model {
         };
         let layers = heads.iter().map(&mut layer).collect();
         let probes = heads.iter().map(|&(hq, _)| noise(hq * PROBE * DIM)).collect();
-        Self { tokens, heads: heads.to_vec(), layers, probes }
+        let norms = noise(tokens).into_iter().map(|x| 20.0 + x).collect();
+        let frames = [tokens / 10..tokens / 2, tokens / 2 + 1..tokens * 9 / 10];
+        let frames = frames.into_iter().filter(|frame| !frame.is_empty());
+        let spans = frames.map(|positions| Span { kind: SpanKind::Frame, positions }).collect();
+        let spans = Spans::new(spans).unwrap();
+        Self { tokens, heads: heads.to_vec(), layers, probes, norms, spans }
     }
 
     fn geometry(&self) -> Geometry {
@@ -73,6 +83,8 @@ impl Model {
         .and_then(|view| view.with_queries(rows(q, hq, self.tokens, DIM)))
         .and_then(|view| view.with_probe(rows(&self.probes[l], hq, PROBE, DIM)))
         .and_then(|view| view.with_output_projection(rows(o, 1, HIDDEN, hq * DIM)))
+        .and_then(|view| view.with_hidden_norms(rows(&self.norms, 1, self.tokens, 1)))
+        .and_then(|view| view.with_spans(&self.spans))
         .unwrap()
     }
 
@@ -294,6 +306,13 @@ fn parameters_matter() {
         ("lagkv", "lag", "16"),
         ("lagkv", "lag_sinks", "40"),
         ("h2o", "recent_share", "0.9"),
+        ("guikv", "window", "20"),
+        ("guikv", "kernel", "1"),
+        ("guikv", "saliency", "50"),
+        ("guikv", "temperature", "0.1"),
+        ("guikv", "rank", "1"),
+        ("guikv", "subspace", "first"),
+        ("guikv", "subspace", "pivoted"),
         ("random", "seed", "1"),
         ("epicache", "rows", "mean"),
         ("epicache", "group", "mean"),
@@ -307,6 +326,10 @@ fn parameters_matter() {
         if name.contains("defensive") {
             // Attention is nearly flat here: with 0.9 the first sets would use up equal shares.
             config.set("threshold", "0.2").unwrap();
+        }
+        if name == "guikv" {
+            // A subspace of all 8 directions leaves nothing to tell slots apart by.
+            config.set("rank", "3").unwrap();
         }
         let before = model.plan(&config, budget).unwrap();
         config.set(key, value).unwrap();
@@ -511,6 +534,12 @@ fn needs_are_what_is_asked_for() {
         if needs.o_proj {
             bare = bare.with_output_projection(*view.o_proj("test").unwrap()).unwrap();
         }
+        if needs.hidden_norms {
+            bare = bare.with_hidden_norms(*view.hidden_norms("test").unwrap()).unwrap();
+        }
+        if needs.spans {
+            bare = bare.with_spans(&model.spans).unwrap();
+        }
         bare
     };
     for name in presets() {
@@ -539,6 +568,14 @@ fn needs_are_what_is_asked_for() {
         if needs.o_proj {
             let needs = kvbudget::score::Needs { o_proj: false, ..needs };
             assert!(push(needs).is_err(), "{name} can do without o_proj");
+        }
+        if needs.hidden_norms {
+            let needs = kvbudget::score::Needs { hidden_norms: false, ..needs };
+            assert!(push(needs).is_err(), "{name} can do without hidden norms");
+        }
+        if needs.spans {
+            let needs = kvbudget::score::Needs { spans: false, ..needs };
+            assert!(push(needs).is_err(), "{name} can do without spans");
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::AttendView;
-use super::ops::{Lag, Pool, Projection, TopK, WindowAttention};
+use super::ops::{Lag, Pool, Projection, Residuals, Saliency, TopK, WindowAttention};
 use crate::error::{Error, Result};
 use crate::ragged::Ragged;
 use crate::view::{LayerView, Storage};
@@ -123,6 +123,54 @@ pub(super) fn lag<S: Storage>(
     segments(layers, out)
 }
 
+/// Checks that each range ends within its segment's keys and is not reversed.
+pub(super) fn keys<S: Storage>(slots: &[Range<u32>], layers: &[LayerView<'_, S>]) -> Result<()> {
+    let lens: Vec<usize> =
+        layers.iter().flat_map(|l| (0..l.shape().kv_heads()).map(|h| l.k().len(h))).collect();
+    expect("slots whose keys are read (segments)", lens.len(), slots.len())?;
+    for (range, len) in slots.iter().zip(lens) {
+        within("keys of a segment", len, range.end as usize)?;
+        within("start of the keys of a segment", range.end as usize, range.start as usize)?;
+    }
+    Ok(())
+}
+
+pub(super) fn residual_norms<S: Storage>(
+    op: &Residuals<'_>,
+    layers: &[LayerView<'_, S>],
+    out: &impl Lens,
+) -> Result<()> {
+    segments(layers, out)?;
+    expect("bases of the segments", out.rows(), op.bases.rows())?;
+    let dims = layers.iter().flat_map(|l| (0..l.shape().kv_heads()).map(|_| l.k().dim()));
+    for (basis, dim) in op.bases.iter().zip(dims) {
+        expect("elements of a basis", basis.len().next_multiple_of(dim), basis.len())?;
+        within("vectors of a basis", dim, basis.len() / dim)?;
+    }
+    ranges("measured ranges", op.slots, out)
+}
+
+pub(super) fn saliency<S: Storage>(
+    op: &Saliency<'_>,
+    layers: &[LayerView<'_, S>],
+    rows: &impl Lens,
+) -> Result<()> {
+    segments(layers, rows)?;
+    let positive = op.temperature > 0.0 && op.temperature.is_finite();
+    if !positive {
+        let (expected, got) = ("a positive number", op.temperature.to_string());
+        return Err(Error::Parameter { name: "temperature", expected, got });
+    }
+    expect("stretches of the views", layers.len(), op.stretches.len())?;
+    for (layer, stretch) in layers.iter().zip(op.stretches) {
+        within("positions of a stretch", layer.tokens() as usize, stretch.end as usize)?;
+        if !stretch.is_empty() {
+            layer.hidden_norms("saliency")?;
+        }
+    }
+    Ok(())
+}
+
 pub(super) fn floor_at_mean(lens: &[u32], rows: &impl Lens) -> Result<()> {
     prefixes("floored slots of a segment", lens, rows)
 }
@@ -142,12 +190,13 @@ pub(super) fn mass_count(thresholds: &[f32], caps: &[u32], mass: &impl Lens) -> 
     expect("thresholds of the mass count", mass.rows(), thresholds.len())
 }
 
-pub(super) fn pin_top(counts: &[u32], by: &impl Lens, rows: &impl Lens) -> Result<()> {
-    expect("pinned rows", rows.rows(), by.rows())?;
-    expect("counts of pinned slots", rows.rows(), counts.len())?;
+/// Of [`Backend::pin_top`](super::Backend::pin_top) and [`Backend::drop_top`](super::Backend::drop_top).
+pub(super) fn marked_top(counts: &[u32], by: &impl Lens, rows: &impl Lens) -> Result<()> {
+    expect("marked rows", rows.rows(), by.rows())?;
+    expect("counts of marked slots", rows.rows(), counts.len())?;
     for (s, &count) in counts.iter().enumerate() {
-        expect("pinned scores of a segment", rows.len(s), by.len(s))?;
-        within("pinned slots of a segment", by.len(s), count as usize)?;
+        expect("scores of a segment to mark by", rows.len(s), by.len(s))?;
+        within("marked slots of a segment", by.len(s), count as usize)?;
     }
     Ok(())
 }
@@ -158,23 +207,23 @@ pub(super) fn rank(
     rows: &impl Lens,
 ) -> Result<()> {
     expect("weights of the rows", rows.rows(), weights.len())?;
-    protected_slots(protected, rows)
+    ranges("protected ranges", protected, rows)
 }
 
 pub(super) fn free_mass(protected: &Ragged<Range<u32>>, rows: &impl Lens) -> Result<()> {
-    protected_slots(protected, rows)
+    ranges("protected ranges", protected, rows)
 }
 
-/// Checks that protected ranges ascend, are disjoint and lie within their segments.
-fn protected_slots(protected: &Ragged<Range<u32>>, rows: &impl Lens) -> Result<()> {
-    expect("protected segments", rows.rows(), protected.rows())?;
-    for (s, ranges) in protected.iter().enumerate() {
+/// Checks that ranges ascend, are disjoint and lie within their segments.
+fn ranges(name: &'static str, all: &Ragged<Range<u32>>, rows: &impl Lens) -> Result<()> {
+    expect(name, rows.rows(), all.rows())?;
+    for (s, ranges) in all.iter().enumerate() {
         let mut end = 0;
         for range in ranges {
             let len = rows.len(s);
             if range.start < end || range.end < range.start || range.end as usize > len {
                 return Err(Error::Parameter {
-                    name: "protected ranges",
+                    name,
                     expected: "ascending, disjoint and within the segment",
                     got: format!("{range:?} in segment {s} of {len} slots"),
                 });
@@ -219,7 +268,7 @@ pub(super) fn pick(slots: &Ragged<u32>, rows: &impl Lens) -> Result<()> {
 
 /// Checks a selection over segments of `rows`.
 pub(super) fn top_k(op: &TopK<'_>, rows: &impl Lens) -> Result<()> {
-    protected_slots(op.protected, rows)?;
+    ranges("protected ranges", op.protected, rows)?;
     let mut next = 0;
     for contest in op.contests {
         if contest.segments.start != next || contest.segments.end < next {

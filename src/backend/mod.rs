@@ -19,7 +19,10 @@ use std::ops::Range;
 use crate::error::Result;
 use crate::ragged::Ragged;
 use crate::view::{LayerView, Rows, Storage};
-use ops::{Attend, Lag, NormScale, Pool, Positional, Projection, TopK, ValueNorm, WindowAttention};
+use ops::{
+    Attend, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency, TopK, ValueNorm,
+    WindowAttention,
+};
 
 /// The query rows, keys and values of one [`Backend::attend`] call for one sequence.
 #[derive(Debug, Clone, Copy)]
@@ -103,6 +106,26 @@ pub trait Backend: Send + Sync {
         layers: &[LayerView<'_, Self::Storage<'_>>],
         out: &mut Self::Floats,
     ) -> Result<()>;
+    /// Reads back the keys of a range of slots of each segment, as f32: a row holds `[slots, D]`. Waits for the device.
+    fn keys(
+        &self,
+        slots: &[Range<u32>],
+        layers: &[LayerView<'_, Self::Storage<'_>>],
+    ) -> Result<Ragged<f32>>;
+    /// `-ρ` of the slots of [`Residuals`], `-∞` of all others.
+    fn residual_norms(
+        &self,
+        op: &Residuals<'_>,
+        layers: &[LayerView<'_, Self::Storage<'_>>],
+        out: &mut Self::Floats,
+    ) -> Result<()>;
+    /// Adds what [`Saliency`] says to the scores of the slots that hold the stretch's tokens.
+    fn saliency(
+        &self,
+        op: &Saliency<'_>,
+        layers: &[LayerView<'_, Self::Storage<'_>>],
+        rows: &mut Self::Floats,
+    ) -> Result<()>;
     /// LagKV scores. Sinks, the last full partition and what follows it get 1; a head shorter than the sinks and
     /// two partitions gets 1 for its sinks and a ramp from 0 towards 1 after them.
     fn lag(
@@ -134,6 +157,9 @@ pub trait Backend: Send + Sync {
     fn free_mass(&self, protected: &Ragged<Range<u32>>, rows: &Self::Floats) -> Result<Vec<u64>>;
     /// Sets `rows` to +∞ where `by` has its `counts[s]` best entries (order of [`TopK`]).
     fn pin_top(&self, counts: &[u32], by: &Self::Floats, rows: &mut Self::Floats) -> Result<()>;
+    /// Lowers `rows` to at most 0 where `by` has its `counts[s]` best entries (order of [`TopK`]), but for those that are
+    /// `-∞` or NaN: these stand for slots that are not to be dropped. NaN stays.
+    fn drop_top(&self, counts: &[u32], by: &Self::Floats, rows: &mut Self::Floats) -> Result<()>;
     /// Replaces scores by places: the `n`-th slot of a row in the order of [`TopK`], protected ones first, gets
     /// `weights[s] / n`. A contest of such rows shares out in proportion to the weights (the method of highest
     /// averages). +∞ and NaN stay what they are.

@@ -101,6 +101,28 @@ pub struct Lag {
     pub cross_scoring: bool,
 }
 
+/// How tokens of one stretch stand out from each other by the norms of their hidden rows (GUI-KV):
+/// `weight · softmax(z / temperature)` over the stretch, with `z = (r - mean r) / (s + 1e-8)` and the sample deviation `s`
+/// of the norms `r`, 0 for a single token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Saliency<'a> {
+    /// What all tokens of a stretch share.
+    pub weight: f32,
+    /// Positive: the larger, the more alike they share.
+    pub temperature: f32,
+    /// A stretch of positions for each view; views without, whose ranges are empty, need no norms.
+    pub stretches: &'a [Range<u32>],
+}
+
+/// What is left of keys outside subspaces: `ρ = ‖k - Σ_i (b_i · k) b_i‖₂` (GUI-KV).
+#[derive(Debug, Clone, Copy)]
+pub struct Residuals<'a> {
+    /// Orthonormal vectors `b_i` of each segment, one after the other: `[rank, D]`, any rank up to `D`.
+    pub bases: &'a Ragged<f32>,
+    /// Slots of each segment that are measured: disjoint and ascending.
+    pub slots: &'a Ragged<Range<u32>>,
+}
+
 /// Scores without looking at tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Positional {

@@ -30,7 +30,7 @@ use crate::plan::{Plan, Report};
 use crate::policy::Policy;
 use crate::ragged::Ragged;
 use crate::reference;
-use crate::score::{FirstSet, Room, Scored, segment_lens};
+use crate::score::{FirstSet, Redundant, Scored, segment_lens};
 use crate::select::protect::count;
 use crate::view::LayerView;
 use contests::{divided, visible};
@@ -145,7 +145,13 @@ impl<'a, B: Backend> Planner<'a, B> {
         }
         let scored = scored.into();
         let expected = segment_lens(layers);
-        for rows in [Some(&scored.scores), scored.first.as_ref(), scored.weighted.as_ref()] {
+        let redundant = scored.redundant.as_ref();
+        if let Some(Redundant { slots, .. }) = redundant {
+            expect("counts of redundant slots", expected.len() as u64, slots.len() as u64)?;
+        }
+        let Scored { scores, first, weighted, .. } = &scored;
+        let by = redundant.map(|redundant| &redundant.by);
+        for rows in [Some(scores), first.as_ref(), weighted.as_ref(), by] {
             let Some(got) = rows.map(|rows| self.backend.lens(rows)) else { continue };
             expect("score rows (segments)", expected.len() as u64, got.len() as u64)?;
             for (&expected, got) in expected.iter().zip(got) {
@@ -158,7 +164,7 @@ impl<'a, B: Backend> Planner<'a, B> {
 
     /// Settles a layer by its scores.
     fn take(&mut self, l: usize, scored: Scored<B::Floats>) -> Result<Vec<LayerId>> {
-        let Scored { mut scores, first, mut weighted } = scored;
+        let Scored { mut scores, first, mut weighted, redundant } = scored;
         // NaN scores are NaN with any weights.
         let nan = self.backend.count_nan(weighted.as_ref().unwrap_or(&scores))?;
         match &mut self.deferred {
@@ -169,6 +175,13 @@ impl<'a, B: Backend> Planner<'a, B> {
             self.align(l, weighted)?;
         }
         self.align(l, &mut scores)?;
+        if let Some(Redundant { mut by, slots }) = redundant {
+            let counts = self.drop_counts(l, &self.backend.lens(&by), &slots);
+            self.align(l, &mut by)?;
+            for rows in [Some(&mut scores), weighted.as_mut()].into_iter().flatten() {
+                self.backend.drop_top(&counts, &by, rows)?;
+            }
+        }
         if let Some(mut first) = first {
             let counts = self.first_counts(l, &first)?;
             self.align(l, &mut first)?;
@@ -308,9 +321,7 @@ impl<'a, B: Backend> Planner<'a, B> {
         let align = self.policy.config.align;
         let heads = self.geometry.layers()[l].kv_heads();
         let sets = self.sequences.iter().flat_map(|state| {
-            let State { tokens, slots_per_head, recent, .. } = *state;
-            let room = Room { tokens, slots_per_head, recent };
-            std::iter::repeat_n(self.policy.scorer.first_set(&room), heads)
+            std::iter::repeat_n(self.policy.scorer.first_set(&state.room()), heads)
         });
         let limit = |(set, len): (FirstSet, u32)| (set.mass, set.slots.min(len.into()) as u32);
         let (thresholds, caps): (Vec<f32>, Vec<u32>) =
@@ -322,6 +333,17 @@ impl<'a, B: Backend> Planner<'a, B> {
             false => layer.to_vec(),
         };
         Ok(slots.chunks(heads).flat_map(shared).map(|n| n / align.unit).collect())
+    }
+
+    /// How many redundant slots are dropped, of heads that hold so many: in units.
+    fn drop_counts(&self, l: usize, lens: &[u32], redundant: &[u32]) -> Vec<u32> {
+        let heads = self.geometry.layers()[l].kv_heads();
+        let rooms = self.sequences.iter().flat_map(|s| std::iter::repeat_n(s.room(), heads));
+        let slots = lens.iter().zip(redundant);
+        let dropped = rooms.zip(slots).map(|(room, (&len, &redundant))| {
+            self.policy.scorer.dropped(&room, len, redundant).min(redundant)
+        });
+        dropped.map(|slots| slots / self.policy.config.align.unit).collect()
     }
 
     fn store(&mut self, scores: B::Floats, weighted: Option<B::Floats>) {

@@ -11,6 +11,7 @@ use crate::geometry::{Geometry, MAX_LEN};
 use crate::ids::{KvHead, LayerId, Position};
 use crate::plan::Report;
 use crate::policy::Policy;
+use crate::score::Room;
 use crate::select::align::units;
 use crate::select::protect::{Protect, count};
 use crate::spans::Spans;
@@ -106,6 +107,12 @@ pub(super) struct State {
 }
 
 impl State {
+    /// What scorers measure sets of slots against.
+    pub(super) fn room(&self) -> Room {
+        let Self { tokens, slots_per_head, recent, .. } = *self;
+        Room { tokens, slots_per_head, recent }
+    }
+
     /// Whether some budget is contested over several layers.
     pub(super) fn spans_layers(&self, firsts: &[usize]) -> bool {
         let layer = |s: usize| firsts.partition_point(|&first| first <= s);

@@ -3,6 +3,7 @@
 
 mod andpro;
 mod defensive;
+mod guikv;
 mod h2o;
 mod keys;
 mod lagkv;
@@ -11,9 +12,11 @@ mod reach;
 mod reconstruct;
 mod snapkv;
 mod streaming;
+mod subspace;
 
 pub use andpro::{AnDPro, Anchor};
 pub use defensive::Defensive;
+pub use guikv::GuiKv;
 pub use h2o::H2o;
 pub use keys::{KNorm, KeyDiff};
 pub use lagkv::LagKv;
@@ -22,6 +25,7 @@ pub use reach::Reach;
 pub use reconstruct::{Reconstruct, Reconstruction};
 pub use snapkv::{SnapKv, Tova};
 pub use streaming::{Random, Streaming};
+pub use subspace::Subspace;
 
 use crate::backend::Backend;
 use crate::backend::ops::{NormScale, Pooling, Reduce, ValueNorm};
@@ -45,16 +49,27 @@ pub struct Scored<F> {
     pub first: Option<F>,
     /// The scores times the value norms, by which a two-stage policy selects in its second stage.
     pub weighted: Option<F>,
+    /// Slots that others make redundant: as many as [`Scorer::dropped`] says lose their scores.
+    pub redundant: Option<Redundant<F>>,
+}
+
+/// Slots that may lose their scores.
+#[derive(Debug, Clone)]
+pub struct Redundant<F> {
+    /// `[H, len]` of each view: the larger, the sooner a slot is dropped; `-∞` where it never is.
+    pub by: F,
+    /// Slots of each segment that may be dropped.
+    pub slots: Vec<u32>,
 }
 
 impl<F> From<F> for Scored<F> {
     /// Scores alone.
     fn from(scores: F) -> Self {
-        Self { scores, first: None, weighted: None }
+        Self { scores, first: None, weighted: None, redundant: None }
     }
 }
 
-/// What a first set is measured against: one sequence and its budget.
+/// What a first set or a drop is measured against: one sequence and its budget.
 #[derive(Debug, Clone, Copy)]
 pub struct Room {
     /// Tokens seen.
@@ -119,6 +134,10 @@ pub trait Scorer<B: Backend>: Send + Sync {
     fn first_set(&self, _: &Room) -> FirstSet {
         FirstSet::default()
     }
+    /// How many slots of a head that holds `len` are dropped, of the `redundant` ones: see [`Scored::redundant`].
+    fn dropped(&self, _: &Room, _len: u32, _redundant: u32) -> u32 {
+        0
+    }
 }
 
 /// A parameter that is a part of something.
@@ -176,6 +195,8 @@ pub enum ScorerConfig {
     KeyDiff(KeyDiff),
     /// Variation against the next partition.
     LagKv(LagKv),
+    /// Window attention over frames, less what later frames repeat.
+    GuiKv(GuiKv),
     /// Long-range attention of all queries.
     Reach(Reach),
     /// Attention of a second pass that repeats the context.
@@ -198,6 +219,7 @@ macro_rules! each {
             ScorerConfig::KNorm($scorer) => $use,
             ScorerConfig::KeyDiff($scorer) => $use,
             ScorerConfig::LagKv($scorer) => $use,
+            ScorerConfig::GuiKv($scorer) => $use,
             ScorerConfig::Reach($scorer) => $use,
             ScorerConfig::Reconstruct($scorer) => $use,
             ScorerConfig::Probe($scorer) => $use,

@@ -4,6 +4,7 @@ mod bits;
 mod cache;
 mod device;
 mod errors;
+mod guikv;
 mod launched;
 mod mutants;
 mod planner;

@@ -258,6 +258,8 @@ pub struct Layer {
     pub o_proj: Option<Tensor>,
     /// Log-sum-exp `[Hq, W, 1]`.
     pub lse: Option<Tensor>,
+    /// Norms of hidden rows `[1, tokens, 1]`.
+    pub hidden_norms: Option<Tensor>,
     /// Positions of a compressed cache.
     pub positions: Option<Vec<Vec<Position>>>,
 }
@@ -289,7 +291,7 @@ pub fn with_layers<D: TestDevice, R>(
     f: impl FnOnce(&[LayerView<'_, Lent<'_, D>>]) -> R,
 ) -> R {
     let optional = |layer: &Layer| {
-        [&layer.q, &layer.probe, &layer.o_proj, &layer.lse]
+        [&layer.q, &layer.probe, &layer.o_proj, &layer.lse, &layer.hidden_norms]
             .map(|t| t.as_ref().map(|t| device.upload(&t.elements)))
     };
     let memory: Vec<_> = layers
@@ -299,7 +301,7 @@ pub fn with_layers<D: TestDevice, R>(
     let views: Vec<_> = layers
         .iter()
         .zip(&memory)
-        .map(|(layer, (k, v, [q, probe, o_proj, lse]))| {
+        .map(|(layer, (k, v, [q, probe, o_proj, lse, norms]))| {
             let (k, v) = (layer.k.rows(device.lend(k)), layer.v.rows(device.lend(v)));
             let mut view = LayerView::new(layer.shape, layer.tokens, k, v)?;
             if let (Some(tensor), Some(memory)) = (&layer.q, q) {
@@ -313,6 +315,9 @@ pub fn with_layers<D: TestDevice, R>(
             }
             if let (Some(tensor), Some(memory)) = (&layer.lse, lse) {
                 view = view.with_lse(tensor.rows(device.lend(memory)))?;
+            }
+            if let (Some(tensor), Some(memory)) = (&layer.hidden_norms, norms) {
+                view = view.with_hidden_norms(tensor.rows(device.lend(memory)))?;
             }
             match &layer.positions {
                 Some(positions) => view.with_positions(positions),

@@ -99,6 +99,8 @@ pub struct Spec {
     pub query_place: Place,
     /// Lend the log-sum-exp of the queries.
     pub lse: bool,
+    /// Layout of norms of hidden rows. Without: none.
+    pub hidden_norms: Option<Place>,
     /// Kind of keys.
     pub keys: Keys,
     /// Seed.
@@ -120,6 +122,7 @@ impl Default for Spec {
             place: Place::HeadsFirst,
             query_place: Place::HeadsFirst,
             lse: false,
+            hidden_norms: None,
             keys: Keys::Random,
             seed: 1,
         }
@@ -155,12 +158,17 @@ impl Spec {
             o_proj: (self.hidden > 0)
                 .then(|| Tensor::new(o_proj, query_heads * dim, dtype, Place::HeadsFirst)),
             lse: None,
+            hidden_norms: None,
             positions,
         };
         if self.lse {
             let rows = (0..kv_heads as usize).flat_map(|h| lse(&layer, h)).collect();
             layer.lse = Some(Tensor::new(rows, 1, Dtype::F32, Place::HeadsFirst));
         }
+        layer.hidden_norms = self.hidden_norms.map(|place| {
+            let norms = (0..tokens).map(|_| vec![20.0 + 3.0 * rng.normal()]).collect();
+            Tensor::new(vec![norms], 1, Dtype::F32, place)
+        });
         layer
     }
 

@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvbudget::backend::cpu::{Cpu, HostSlice};
 use kvbudget::backend::ops::{
-    Attend, Lag, NormScale, Pool, Positional, Projection, TopK, ValueNorm, WindowAttention,
+    Attend, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency, TopK, ValueNorm,
+    WindowAttention,
 };
 use kvbudget::backend::{AttendView, Backend};
 use kvbudget::{LayerView, Ragged, Result};
@@ -265,11 +266,15 @@ impl Backend for Tampered {
         in_place key_norm(layers: Layers<'_, '_>) -> Result<()>;
         in_place key_diff(layers: Layers<'_, '_>) -> Result<()>;
         in_place lag(op: &Lag, layers: Layers<'_, '_>) -> Result<()>;
+        made keys(slots: &[Range<u32>], layers: Layers<'_, '_>) -> Result<Ragged<f32>>;
+        in_place residual_norms(op: &Residuals<'_>, layers: Layers<'_, '_>) -> Result<()>;
+        in_place saliency(op: &Saliency<'_>, layers: Layers<'_, '_>) -> Result<()>;
         in_place positional(op: Positional, layers: Layers<'_, '_>) -> Result<()>;
         in_place floor_at_mean(lens: &[u32]) -> Result<()>;
         in_place weigh(epsilon: f32, scores: &Ragged<f32>) -> Result<()>;
         in_place raise(by: &Ragged<f32>) -> Result<()>;
         in_place pin_top(counts: &[u32], by: &Ragged<f32>) -> Result<()>;
+        in_place drop_top(counts: &[u32], by: &Ragged<f32>) -> Result<()>;
         in_place rank(protected: &Ragged<Range<u32>>, weights: &[f32]) -> Result<()>;
         in_place share_heads(heads: &[usize]) -> Result<()>;
     }

@@ -12,7 +12,9 @@ mod lag;
 mod pairs;
 mod pool;
 mod projection;
+mod residual;
 mod rows;
+mod saliency;
 mod tile;
 mod top_k;
 mod value_gram;
@@ -25,7 +27,8 @@ use std::sync::{Arc, Mutex};
 use half::{bf16, f16};
 
 use super::ops::{
-    Attend, Lag, NormScale, Pool, Positional, Projection, TopK, ValueNorm, WindowAttention,
+    Attend, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency, TopK, ValueNorm,
+    WindowAttention,
 };
 use super::{AttendView, Backend, check};
 use crate::dtype::Dtype;
@@ -197,6 +200,25 @@ impl Backend for Cpu {
     fn key_diff(&self, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
         self.run(|| key_scores::key_diff(self.isa, layers, out))
     }
+    fn keys(&self, slots: &[Range<u32>], layers: &[HostLayer<'_>]) -> Result<Ragged<f32>> {
+        self.run(|| residual::keys(slots, layers))
+    }
+    fn residual_norms(
+        &self,
+        op: &Residuals<'_>,
+        layers: &[HostLayer<'_>],
+        out: &mut Ragged<f32>,
+    ) -> Result<()> {
+        self.run(|| residual::norms(op, layers, out))
+    }
+    fn saliency(
+        &self,
+        op: &Saliency<'_>,
+        layers: &[HostLayer<'_>],
+        rows: &mut Ragged<f32>,
+    ) -> Result<()> {
+        self.run(|| saliency::run(op, layers, rows))
+    }
     fn lag(&self, op: &Lag, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
         self.run(|| lag::run(self.isa, op, layers, out))
     }
@@ -226,6 +248,9 @@ impl Backend for Cpu {
     }
     fn pin_top(&self, counts: &[u32], by: &Ragged<f32>, rows: &mut Ragged<f32>) -> Result<()> {
         self.run(|| top_k::pin_top(self.isa, counts, by, rows))
+    }
+    fn drop_top(&self, counts: &[u32], by: &Ragged<f32>, rows: &mut Ragged<f32>) -> Result<()> {
+        self.run(|| top_k::drop_top(self.isa, counts, by, rows))
     }
     fn rank(
         &self,

@@ -248,7 +248,36 @@ pub(super) fn pin_top(
     by: &Ragged<f32>,
     rows: &mut Ragged<f32>,
 ) -> Result<()> {
-    check::pin_top(counts, by, rows)?;
+    let pinned = marked(isa, counts, by, rows)?;
+    for (s, slots) in pinned.iter().enumerate() {
+        let row = rows.row_mut(s);
+        slots.iter().for_each(|&slot| row[slot as usize] = f32::INFINITY);
+    }
+    Ok(())
+}
+
+pub(super) fn drop_top(
+    isa: Isa,
+    counts: &[u32],
+    by: &Ragged<f32>,
+    rows: &mut Ragged<f32>,
+) -> Result<()> {
+    let dropped = marked(isa, counts, by, rows)?;
+    for (s, slots) in dropped.iter().enumerate() {
+        let (by, row) = (by.row(s), rows.row_mut(s));
+        for slot in slots.iter().map(|&slot| slot as usize) {
+            // Written so that NaN stays NaN.
+            if by[slot] > f32::NEG_INFINITY && row[slot] > 0.0 {
+                row[slot] = 0.0;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The `counts[s]` best slots of each row of `by`.
+fn marked(isa: Isa, counts: &[u32], by: &Ragged<f32>, rows: &Ragged<f32>) -> Result<Ragged<u32>> {
+    check::marked_top(counts, by, rows)?;
     let contests: Vec<Contest> = counts
         .iter()
         .enumerate()
@@ -260,11 +289,5 @@ pub(super) fn pin_top(
         .collect();
     let protected = Ragged::filled(counts.iter().map(|_| 0), 0..0);
     let op = TopK { contests: &contests, protected: &protected };
-    let pinned = run(isa, &op, &[(by, 0..by.rows())])?;
-    for s in 0..rows.rows() {
-        for &slot in pinned.row(s) {
-            rows.row_mut(s)[slot as usize] = f32::INFINITY;
-        }
-    }
-    Ok(())
+    run(isa, &op, &[(by, 0..by.rows())])
 }

@@ -24,7 +24,9 @@ mod pool;
 mod projection;
 mod ptx;
 mod rank;
+mod residual;
 mod rows;
+mod saliency;
 mod selection;
 mod top_k;
 mod value_gram;
@@ -38,7 +40,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::ops::{
-    Attend, Lag, NormScale, Pool, Positional, Projection, TopK, ValueNorm, WindowAttention,
+    Attend, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency, TopK, ValueNorm,
+    WindowAttention,
 };
 use super::{AttendView, Backend, check};
 use crate::dtype::{Dtype, Element};
@@ -254,6 +257,25 @@ impl Backend for Cuda {
     fn key_diff(&self, layers: &[DeviceLayer<'_>], out: &mut Floats) -> Result<()> {
         key_scores::key_diff(self, layers, out)
     }
+    fn keys(&self, slots: &[Range<u32>], layers: &[DeviceLayer<'_>]) -> Result<Ragged<f32>> {
+        residual::keys(self, slots, layers)
+    }
+    fn residual_norms(
+        &self,
+        op: &Residuals<'_>,
+        layers: &[DeviceLayer<'_>],
+        out: &mut Floats,
+    ) -> Result<()> {
+        residual::norms(self, op, layers, out)
+    }
+    fn saliency(
+        &self,
+        op: &Saliency<'_>,
+        layers: &[DeviceLayer<'_>],
+        rows: &mut Floats,
+    ) -> Result<()> {
+        saliency::run(self, op, layers, rows)
+    }
     fn lag(&self, op: &Lag, layers: &[DeviceLayer<'_>], out: &mut Floats) -> Result<()> {
         lag::run(self, op, layers, out)
     }
@@ -283,6 +305,9 @@ impl Backend for Cuda {
     }
     fn pin_top(&self, counts: &[u32], by: &Floats, rows: &mut Floats) -> Result<()> {
         top_k::pin_top(self, counts, by, rows)
+    }
+    fn drop_top(&self, counts: &[u32], by: &Floats, rows: &mut Floats) -> Result<()> {
+        top_k::drop_top(self, counts, by, rows)
     }
     fn rank(
         &self,
@@ -341,6 +366,8 @@ fn signatures() -> Vec<ptx::tests::Signature> {
         value_norm::signatures(),
         key_scores::signatures(),
         lag::signatures(),
+        residual::signatures(),
+        saliency::signatures(),
         attend::signatures(),
     ]
     .into_iter()

@@ -1,4 +1,4 @@
-//! Selections as the host asks for them, and their slots pinned in other rows.
+//! Selections as the host asks for them, and their slots pinned or dropped in other rows.
 
 use std::ops::Range;
 
@@ -14,8 +14,11 @@ use crate::ragged::Ragged;
 
 /// Rows, cuts, positions.
 const PIN: Kernel<(Ptr<Ptr<f32>>, Ptr<Cut>, Ptr<u32>)> = Kernel::new("top_k_emit", "top_k_pin");
-/// Slots that a block pins.
-const PINS: u32 = 1024;
+/// Rows, by, cuts, positions.
+const DROP: Kernel<(Ptr<Ptr<f32>>, Ptr<Ptr<f32>>, Ptr<Cut>, Ptr<u32>)> =
+    Kernel::new("top_k_emit", "top_k_drop");
+/// Slots that a block marks.
+const MARKS: u32 = 1024;
 
 /// Selected slots of every segment, on the device.
 pub struct Selection {
@@ -160,7 +163,19 @@ pub(super) fn bounds(contests: &[Contest], lens: &[u32]) -> Vec<(u32, u32)> {
 }
 
 pub(super) fn pin_top(cuda: &Cuda, counts: &[u32], by: &Floats, rows: &mut Floats) -> Result<()> {
-    check::pin_top(counts, by, rows)?;
+    let (pinned, grid) = marked(cuda, counts, by, rows)?;
+    PIN.launch(&cuda.driver, "", grid, (rows.rows(), pinned.cuts(), pinned.positions()))
+}
+
+pub(super) fn drop_top(cuda: &Cuda, counts: &[u32], by: &Floats, rows: &mut Floats) -> Result<()> {
+    let (dropped, grid) = marked(cuda, counts, by, rows)?;
+    let arguments = (rows.rows(), by.rows(), dropped.cuts(), dropped.positions());
+    DROP.launch(&cuda.driver, "", grid, arguments)
+}
+
+/// The `counts[s]` best slots of each row of `by`, and a grid over them.
+fn marked(cuda: &Cuda, counts: &[u32], by: &Floats, rows: &Floats) -> Result<(Selection, Grid)> {
+    check::marked_top(counts, by, rows)?;
     let contest = |(s, &count): (usize, &u32)| Contest {
         segments: s..s + 1,
         budget: u64::from(count),
@@ -169,13 +184,12 @@ pub(super) fn pin_top(cuda: &Cuda, counts: &[u32], by: &Floats, rows: &mut Float
     let contests: Vec<Contest> = counts.iter().enumerate().map(contest).collect();
     let protected = Ragged::filled(counts.iter().map(|_| 0), 0..0);
     let op = TopK { contests: &contests, protected: &protected };
-    let pinned = run(cuda, &op, &[(by, 0..by.lens().len())])?;
+    let marked = run(cuda, &op, &[(by, 0..by.lens().len())])?;
     let most = counts.iter().copied().max().unwrap_or(0);
-    let grid = Grid::new(most.div_ceil(PINS) as usize, counts.len(), 256);
-    PIN.launch(&cuda.driver, "", grid, (rows.rows(), pinned.cuts(), pinned.positions()))
+    Ok((marked, Grid::new(most.div_ceil(MARKS) as usize, counts.len(), 256)))
 }
 
 #[cfg(test)]
 pub(super) fn signatures() -> Vec<super::ptx::tests::Signature> {
-    vec![(&PIN).into()]
+    vec![(&PIN).into(), (&DROP).into()]
 }

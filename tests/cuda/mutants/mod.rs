@@ -16,7 +16,9 @@ mod lag;
 mod pool;
 mod projection;
 mod rank;
+mod residual;
 mod rows;
+mod saliency;
 mod top_k;
 mod value_gram;
 mod value_norm;
@@ -64,7 +66,9 @@ const MUTANTS: &[&[Mutant]] = &[
     pool::MUTANTS,
     projection::MUTANTS,
     rank::MUTANTS,
+    residual::MUTANTS,
     rows::MUTANTS,
+    saliency::MUTANTS,
     top_k::MUTANTS,
     value_gram::MUTANTS,
     value_norm::MUTANTS,

@@ -76,6 +76,11 @@ mutants! {
             [0..1, 1] "st.global.u32 [$1], $2;" => "st.global.u32 [$1+4], $2;";
             By(OutOfBounds), Reference;
     }
+    "top_k_emit", top_k::drops => {
+        "top_k_drop": "drops what is out of the question",
+            [0..1, 2] "setp.leu.f32" => "setp.ltu.f32"; Reference;
+        "top_k_drop": "a NaN is worth nothing", [1..2, 2] "setp.leu.f32" => "setp.le.f32"; Reference;
+    }
     "mass_count", top_k::masses => {
         "mass_count": "a sum that is just enough taken for too little",
             [0..1, 3] "setp.lt.u64" => "setp.le.u64"; Reference;

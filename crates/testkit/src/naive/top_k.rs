@@ -92,6 +92,15 @@ pub fn free_mass(protected: &[Range<u32>], row: &[f64]) -> u64 {
     slots.map(|t| u128::from(units(row[t]))).sum::<u128>().min(u64::MAX.into()) as u64
 }
 
+/// Lowers `row` to 0 where `by` has its `count` best that are neither `-∞` nor NaN.
+pub fn drop_top(count: u32, by: &[f64], row: &mut [f64]) {
+    for slot in ranking(by)[..count as usize].iter().map(|&slot| slot as usize) {
+        if by[slot] > f64::NEG_INFINITY && row[slot] > 0.0 {
+            row[slot] = 0.0;
+        }
+    }
+}
+
 /// Sets `row` to +∞ where `by` has its `count` best.
 pub fn pin_top(count: u32, by: &[f64], row: &mut [f64]) {
     for &slot in &ranking(by)[..count as usize] {

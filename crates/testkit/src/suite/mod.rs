@@ -8,7 +8,9 @@ pub mod key_scores;
 pub mod lag;
 pub mod pool;
 pub mod projection;
+pub mod residual;
 pub mod rows;
+pub mod saliency;
 pub mod top_k;
 pub mod top_k_golden;
 pub mod value_norm;
@@ -36,8 +38,10 @@ macro_rules! for_each_case {
             pool: averages maxima non_finite errors;
             projection: lengths windows kernels anchors shapes storage log_sum_exps many_rows long_heads compressed
                 batches non_finite golden errors;
+            residual: keys lengths ranks dims storage batches inside non_finite errors;
             rows: containers nan_counts norm_scales mean_floors weights raises ranks long_ranks shared_heads units picks errors;
-            top_k: lengths values floors contests tiles parts random_problems pins masses free_masses errors;
+            saliency: lengths temperatures equal storage batches non_finite errors;
+            top_k: lengths values floors contests tiles parts random_problems pins drops masses free_masses errors;
             top_k_golden: cases;
             value_norm: lengths shapes widths blocks storage batches compressed zeros gram_shapes gram_widths gram_channels
                 gram_batches gram_zeros errors;

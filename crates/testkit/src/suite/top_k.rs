@@ -252,6 +252,27 @@ pub fn pins<D: TestDevice>(device: &D) {
     }
 }
 
+/// Dropping takes the best of one list, but for what is out of the question there, and lowers what is positive in another.
+pub fn drops<D: TestDevice>(device: &D) {
+    for kind in Scores::ALL {
+        let by = rows(&LENGTHS, kind, 3);
+        for (third, of) in
+            [(0, Scores::Random), (1, Scores::Extremes), (2, Scores::Ties), (3, Scores::Random)]
+        {
+            let scores = rows(&LENGTHS, of, 99);
+            let counts: Vec<u32> = LENGTHS.iter().map(|n| n * third / 3).collect();
+            let mut on_device = upload(device, &scores);
+            let dropped = device.backend().drop_top(&counts, &upload(device, &by), &mut on_device);
+            dropped.unwrap_or_else(|e| panic!("{kind:?}: {e}"));
+            let (mut want, by) = (wide(&scores), wide(&by));
+            for (s, row) in want.iter_mut().enumerate() {
+                naive::drop_top(counts[s], &by[s], row);
+            }
+            pass(&(kind, third), compare::exact(&read(device, &on_device), &want));
+        }
+    }
+}
+
 /// Masses are multiples of 1/1024, so that sums are exact and the crossing is where it is.
 pub fn masses<D: TestDevice>(device: &D) {
     let mut rows: Vec<Vec<f32>> = vec![
@@ -352,6 +373,7 @@ pub fn errors<D: TestDevice>(device: &D) {
     let mut rows = upload(device, &[vec![0.5; 4]]);
     let backend = device.backend();
     fails(&"too many pins", backend.pin_top(&[5], &few, &mut rows));
+    fails(&"too many drops", backend.drop_top(&[5], &few, &mut rows));
     fails(&"caps", backend.mass_count(&[0.9], &[1, 1], &few));
     fails(&"thresholds", backend.mass_count(&[0.9, 0.9], &[1], &few));
 }
