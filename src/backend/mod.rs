@@ -61,7 +61,7 @@ pub trait Backend: Send + Sync {
     /// Reads numbers back.
     fn counts_to_host(&self, counts: &Self::Counts) -> Result<Vec<u64>>;
 
-    /// Attention of the last queries into `out`, `[H, len]` per view. With `mean`, also the mean over window
+    /// Attention of the last queries, or a probe's, into `out`, `[H, len]` per view. With `mean`, also the mean over window
     /// and group of the unpooled rows (zero inside the window), from the same pass.
     fn window_attention(
         &self,

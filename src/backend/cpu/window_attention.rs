@@ -1,4 +1,4 @@
-//! Scores from the last queries: softmax attention, reduced over the window and the group.
+//! Scores from the last queries, or a probe's: softmax attention, reduced over the window and the group.
 //!
 //! In: q `[Hq, ≥W, D]`, k `[H, len, D]`; out `[H, len]` f32. Sources: SnapKV (the window), DefensiveKV
 //! (`row_pool`: its code pools every row and scales it back to its mass), H2O (`W = T`).
@@ -133,7 +133,7 @@ struct Head<'a> {
     head: usize,
     /// Query rows used.
     window: u32,
-    /// Position of the first of them.
+    /// Position of the first of them. A probe's stand behind the last token: all slots are the past.
     first: u32,
     /// Slots before the window.
     past: usize,
