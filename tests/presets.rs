@@ -4,11 +4,11 @@
 use kvbudget::backend::Backend;
 use kvbudget::backend::cpu::{Cpu, HostLayer, HostSlice};
 use kvbudget::plan::Promise;
-use kvbudget::score::{Queries, Reconstruction};
+use kvbudget::score::{Needs, Queries, Reconstruction};
 use kvbudget::{
     Budget, Dtype, Error, Geometry, INFORMED, LayerId, LayerShape, LayerView, PRESETS, Plan,
-    Planner, PolicyConfig, Profile, Ragged, Reference, Result, Rows, Span, SpanKind, Spans, preset,
-    profiled, reference,
+    Planner, PolicyConfig, Profile, Ragged, Reference, Result, Rows, Sequence, Span, SpanKind,
+    Spans, preset, profiled, reference,
 };
 
 const DIM: u32 = 8;
@@ -63,6 +63,10 @@ impl Model {
         Self { tokens, heads: heads.to_vec(), layers, probes, norms, spans }
     }
 
+    fn sequence(&self) -> Sequence<'_> {
+        Sequence { spans: Some(&self.spans), ..self.tokens.into() }
+    }
+
     fn geometry(&self) -> Geometry {
         let shape = |&(hq, h): &(u32, u32)| LayerShape::new(hq, h, DIM).unwrap();
         Geometry::new(self.heads.iter().map(shape).collect(), Dtype::F32).unwrap()
@@ -90,7 +94,7 @@ impl Model {
 
     fn plan(&self, config: &PolicyConfig, budget: Budget) -> Result<Plan> {
         let (cpu, geometry, policy) = (Cpu::new(), self.geometry(), config.build::<Cpu>()?);
-        let mut planner = Planner::new(&cpu, &policy, &geometry, budget, &[self.tokens])?;
+        let mut planner = Planner::new(&cpu, &policy, &geometry, budget, &[self.sequence()])?;
         for l in 0..self.layers.len() {
             planner.push(&[self.view(l)])?;
         }
@@ -146,7 +150,7 @@ fn one_scoring_serves_every_budget() {
     for name in presets() {
         let config = preset(name).unwrap();
         let policy = config.build::<Cpu>().unwrap();
-        let planner = |budget| Planner::new(&cpu, &policy, &geometry, budget, &[model.tokens]);
+        let planner = |budget| Planner::new(&cpu, &policy, &geometry, budget, &[model.sequence()]);
         let mut planners: Vec<_> = budgets().into_iter().map(|b| planner(b).unwrap()).collect();
         for l in 0..model.layers.len() {
             let view = [model.view(l)];
@@ -351,8 +355,8 @@ fn batches_are_independent() {
         let budget: Budget = "30%".parse().unwrap();
         let (cpu, geometry, policy) =
             (Cpu::new(), models[0].geometry(), config.build::<Cpu>().unwrap());
-        let tokens = models.each_ref().map(|m| m.tokens);
-        let mut planner = Planner::new(&cpu, &policy, &geometry, budget, &tokens).unwrap();
+        let sequences = models.each_ref().map(Model::sequence);
+        let mut planner = Planner::new(&cpu, &policy, &geometry, budget, &sequences).unwrap();
         for l in 0..heads.len() {
             planner.push(&models.each_ref().map(|m| m.view(l))).unwrap();
         }
@@ -546,8 +550,10 @@ fn needs_are_what_is_asked_for() {
         let policy = preset(name).unwrap().build::<Cpu>().unwrap();
         let (cpu, geometry) = (Cpu::new(), model.geometry());
         let half = Budget::keep(1, 2).unwrap();
-        let push = |needs| {
-            let mut planner = Planner::new(&cpu, &policy, &geometry, half, &[tokens]).unwrap();
+        let push = |needs: Needs| {
+            let spans = needs.spans.then_some(&model.spans);
+            let sequence = Sequence { spans, ..tokens.into() };
+            let mut planner = Planner::new(&cpu, &policy, &geometry, half, &[sequence]).unwrap();
             planner.push(&[bare(needs)]).map(drop)
         };
         let needs = policy.needs();
@@ -558,23 +564,23 @@ fn needs_are_what_is_asked_for() {
                 Queries::All => Queries::Last(tokens - 1),
                 _ => Queries::None,
             };
-            let needs = kvbudget::score::Needs { queries: fewer, ..needs };
+            let needs = Needs { queries: fewer, ..needs };
             assert!(push(needs).is_err(), "{name} can do with {fewer:?}");
         }
         if needs.probe {
-            let error = push(kvbudget::score::Needs { probe: false, ..needs }).unwrap_err();
+            let error = push(Needs { probe: false, ..needs }).unwrap_err();
             assert!(error.to_string().contains("q_probe"), "{name}: {error}");
         }
         if needs.o_proj {
-            let needs = kvbudget::score::Needs { o_proj: false, ..needs };
+            let needs = Needs { o_proj: false, ..needs };
             assert!(push(needs).is_err(), "{name} can do without o_proj");
         }
         if needs.hidden_norms {
-            let needs = kvbudget::score::Needs { hidden_norms: false, ..needs };
+            let needs = Needs { hidden_norms: false, ..needs };
             assert!(push(needs).is_err(), "{name} can do without hidden norms");
         }
         if needs.spans {
-            let needs = kvbudget::score::Needs { spans: false, ..needs };
+            let needs = Needs { spans: false, ..needs };
             assert!(push(needs).is_err(), "{name} can do without spans");
         }
     }

@@ -164,6 +164,12 @@ impl<'a, B: Backend> Planner<'a, B> {
 
     /// Settles a layer by its scores.
     fn take(&mut self, l: usize, scored: Scored<B::Floats>) -> Result<Vec<LayerId>> {
+        // Whoever asks for spans to be kept must hear of it if nobody says where they are.
+        let untold = self.sequences.iter().any(|state| state.spans.is_none());
+        if untold && !self.policy.config.protect.spans.is_empty() {
+            let what = "spans of the sequence (spans, Sequence::spans), of which there may be none";
+            return Err(Error::Missing { method: "protect_spans", what });
+        }
         let Scored { mut scores, first, mut weighted, redundant } = scored;
         // NaN scores are NaN with any weights.
         let nan = self.backend.count_nan(weighted.as_ref().unwrap_or(&scores))?;

@@ -75,6 +75,17 @@ fn what_is_missing_is_named() {
     for policy in ["epicache", "maskkv"] {
         fails(&folder, &["plan", "d", "--policy", policy, "--budget", "50%"], &["q_probe"]);
     }
+    let mut tensors = Tensors::noise(SMALL, Dtype::F32);
+    for l in 0..SMALL.layers {
+        let probe = tensors.get(&format!("l{l}.q")).clone();
+        tensors.0.insert(format!("l{l}.q_probe"), probe);
+    }
+    tensors.save(&folder.join("unspoken"));
+    for policy in ["epicache", "maskkv"] {
+        let args = ["plan", "unspoken", "--policy", policy, "--budget", "50%"];
+        fails(&folder, &args, &["spans"]);
+        succeeds(&folder, &[&args[..], &["--set", "protect_spans="]].concat());
+    }
     let plan = |policy| {
         ["plan", "d", "--policy", policy, "--budget", "50%", "--layer-profile", "layers.json"]
     };

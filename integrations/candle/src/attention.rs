@@ -37,6 +37,16 @@ pub trait AttentionHook {
         v: &Tensor,
         spans: &[Span],
     ) -> Result<Tensor>;
+
+    /// Hears, before it attends, of the rows `[N, hidden]` that enter a layer's attention: the residual stream, before the norm.
+    fn hidden(&mut self, _layer: usize, _rows: &Tensor, _spans: &[Span]) -> Result<()> {
+        Ok(())
+    }
+
+    /// Forgets what followed the first `tokens` tokens of a sequence: a probe, a question that is asked once.
+    fn rollback(&mut self, _sequence: usize, _tokens: u32) -> Result<()> {
+        bail!("this hook cannot forget its last tokens");
+    }
 }
 
 /// Slots by which a layer's cache grows.
@@ -96,6 +106,17 @@ impl AttentionHook for DenseAttention {
             first += tokens;
         }
         Tensor::cat(&outputs, 0)
+    }
+
+    fn rollback(&mut self, sequence: usize, tokens: u32) -> Result<()> {
+        for cache in self.caches.get_mut(sequence).into_iter().flatten() {
+            let (Some(k), Some(v)) = (cache.k()?, cache.v()?) else { continue };
+            let kept = |x: &Tensor| x.narrow(1, 0, tokens as usize)?.contiguous();
+            let (k, v) = (kept(&k)?, kept(&v)?);
+            *cache = KvCache::new(1, CACHE_STEP);
+            cache.append(&k, &v)?;
+        }
+        Ok(())
     }
 }
 

@@ -5,6 +5,7 @@
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Tensor};
+use kvbudget::Spans;
 
 use crate::attention::{AttentionHook, DenseAttention, Span};
 use crate::dump::Dump;
@@ -13,26 +14,29 @@ use crate::llama::Llama;
 /// Tokens run at once: bounds the score matrix, which grows with this times the context.
 const CHUNK: usize = 512;
 
-/// Records queries, keys and values of some layers and leaves the attention to another hook.
+/// Records queries, keys and values of some layers, and norms of the rows that enter them, and leaves the attention to another hook.
 pub struct CaptureAttention<A> {
     inner: A,
     records: Vec<Record>,
+    /// Whether what runs is a probe.
+    probing: bool,
 }
 
+#[derive(Default)]
 struct Record {
     layer: usize,
     q: Vec<Tensor>,
     k: Vec<Tensor>,
     v: Vec<Tensor>,
+    norms: Vec<Tensor>,
+    /// Queries of the probe.
+    probe: Vec<Tensor>,
 }
 
 impl<A: AttentionHook> CaptureAttention<A> {
     pub fn new(inner: A, layers: &[usize]) -> Self {
-        let records = layers
-            .iter()
-            .map(|&layer| Record { layer, q: Vec::new(), k: Vec::new(), v: Vec::new() })
-            .collect();
-        Self { inner, records }
+        let records = layers.iter().map(|&layer| Record { layer, ..Record::default() }).collect();
+        Self { inner, records, probing: false }
     }
 }
 
@@ -46,11 +50,26 @@ impl<A: AttentionHook> AttentionHook for CaptureAttention<A> {
         spans: &[Span],
     ) -> candle_core::Result<Tensor> {
         if let Some(record) = self.records.iter_mut().find(|r| r.layer == layer) {
+            if self.probing {
+                record.probe.push(q.clone());
+                return self.inner.attend(layer, q, k, v, spans);
+            }
             record.q.push(q.clone());
             record.k.push(k.clone());
             record.v.push(v.clone());
         }
         self.inner.attend(layer, q, k, v, spans)
+    }
+
+    fn hidden(&mut self, layer: usize, rows: &Tensor, spans: &[Span]) -> candle_core::Result<()> {
+        if let Some(record) = self.records.iter_mut().find(|r| r.layer == layer && !self.probing) {
+            record.norms.push(rows.to_dtype(DType::F32)?.sqr()?.sum(1)?.sqrt()?);
+        }
+        self.inner.hidden(layer, rows, spans)
+    }
+
+    fn rollback(&mut self, sequence: usize, tokens: u32) -> candle_core::Result<()> {
+        self.inner.rollback(sequence, tokens)
     }
 }
 
@@ -66,6 +85,28 @@ pub struct CaptureOptions {
     /// `F`, the tokens after the context.
     pub next: usize,
     pub dtype: DType,
+    /// Whether to dump the norms of hidden rows.
+    pub hidden_norms: bool,
+    /// Tokens that are run behind the context and rolled back, for their queries; none without.
+    pub probe: Vec<u32>,
+    /// What stretches of the context are, if that is known.
+    pub spans: Spans,
+}
+
+impl Default for CaptureOptions {
+    /// The first layer, as the command line has the rest.
+    fn default() -> Self {
+        Self {
+            layers: vec![0],
+            tokens: 704,
+            window: 64,
+            next: 32,
+            dtype: DType::F16,
+            hidden_norms: false,
+            probe: Vec::new(),
+            spans: Spans::default(),
+        }
+    }
 }
 
 impl CaptureOptions {
@@ -77,16 +118,19 @@ impl CaptureOptions {
         if self.window == 0 || self.window > self.tokens {
             bail!("a window of {} does not fit a context of {}", self.window, self.tokens);
         }
-        let total = self.tokens.saturating_add(self.next);
+        let total = self.tokens.saturating_add(self.next.max(self.probe.len()));
         if total > config.context_length {
             bail!("{total} tokens exceed the model's context of {}", config.context_length);
         }
-        if total > available {
+        if self.tokens.saturating_add(self.next) > available {
             bail!(
                 "the text is too short: it has {available} tokens, {} + {} are needed",
                 self.tokens,
                 self.next
             );
+        }
+        if self.spans.end() as usize > self.tokens {
+            bail!("spans end at {}, the context at {}", self.spans.end(), self.tokens);
         }
         if !matches!(self.dtype, DType::F16 | DType::BF16 | DType::F32) {
             bail!("a dump cannot hold {}", self.dtype.as_str());
@@ -120,10 +164,22 @@ pub fn capture_with<A: AttentionHook>(
     options.check(model, ids.len())?;
     let ids = &ids[..options.tokens + options.next];
     let mut hook = CaptureAttention::new(inner, &options.layers);
-    for (index, chunk) in ids.chunks(CHUNK).enumerate() {
-        let span = Span { position: (index * CHUNK) as u32, tokens: chunk.len() as u32 };
-        model.forward(chunk, &[span], &mut hook)?;
+    let (context, next) = ids.split_at(options.tokens);
+    let run = |hook: &mut CaptureAttention<A>, first: usize, ids: &[u32]| -> Result<()> {
+        for (index, chunk) in ids.chunks(CHUNK).enumerate() {
+            let span = Span::new((first + index * CHUNK) as u32, chunk.len() as u32);
+            model.forward(chunk, &[span], hook)?;
+        }
+        Ok(())
+    };
+    run(&mut hook, 0, context)?;
+    if !options.probe.is_empty() {
+        hook.probing = true;
+        run(&mut hook, context.len(), &options.probe)?;
+        hook.rollback(0, context.len() as u32)?;
+        hook.probing = false;
     }
+    run(&mut hook, context.len(), next)?;
 
     let mut dump = Dump::default();
     for (index, record) in hook.records.iter().enumerate() {
@@ -136,14 +192,23 @@ pub fn capture_with<A: AttentionHook>(
     }
     for (key, value) in [
         ("format", "kvbudget-dump".to_string()),
-        ("version", "1".to_string()),
+        ("version", version(options).to_string()),
         ("source_layers", join(&options.layers)),
         ("tokens", options.tokens.to_string()),
         ("token_ids", join(ids)),
     ] {
         dump.metadata.insert(key.to_string(), value);
     }
+    if options.spans.iter().next().is_some() {
+        dump.metadata.insert("spans".to_string(), options.spans.to_string());
+    }
     Ok(dump)
+}
+
+/// The oldest that knows what is dumped.
+fn version(options: &CaptureOptions) -> u32 {
+    let CaptureOptions { hidden_norms, probe, spans, .. } = options;
+    if *hidden_norms || !probe.is_empty() || spans.iter().next().is_some() { 2 } else { 1 }
 }
 
 impl Record {
@@ -162,6 +227,13 @@ impl Record {
         ] {
             let part = tensor.narrow(1, start, length)?;
             dump.insert(format!("l{index}.{name}"), &part, dtype)?;
+        }
+        if !self.probe.is_empty() {
+            dump.insert(format!("l{index}.q_probe"), &heads_first(&self.probe)?, dtype)?;
+        }
+        if options.hidden_norms {
+            let norms = Tensor::cat(&self.norms, 0)?.narrow(0, 0, tokens)?;
+            dump.insert(format!("l{index}.hidden_norms"), &norms, DType::F32)?;
         }
         Ok(())
     }

@@ -216,6 +216,7 @@ impl Llama {
 
         let mut x = self.embedding.embedding(&Tensor::new(ids, &Device::Cpu)?)?;
         for (index, layer) in self.layers.iter().enumerate() {
+            hook.hidden(index, &x, spans)?;
             let normed = rms_norm(&x, &layer.attention_norm, rms_eps)?;
             let heads = query_heads + 2 * kv_heads;
             let qkv = linear(&normed, &layer.qkv)?.reshape((new, heads, head_dim))?;

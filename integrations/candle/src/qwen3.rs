@@ -128,6 +128,7 @@ impl Qwen3 {
         let ids = Tensor::new(ids, self.embedding.device())?;
         let mut x = self.embedding.embedding(&ids)?;
         for (index, layer) in self.layers.iter().enumerate() {
+            hook.hidden(index, &x, spans)?;
             let normed = rms_norm(&x, &layer.attention_norm, eps)?;
             let q = turn(heads(layer.q_proj.forward(&normed)?, query_heads)?, &layer.q_norm)?;
             let k = turn(heads(layer.k_proj.forward(&normed)?, kv_heads)?, &layer.k_norm)?;

@@ -47,8 +47,14 @@ fn dump_explains_attention() -> Result<()> {
     let (model, tokenizer) = load()?;
     let ids = tokenizer::encode(&tokenizer, PROSE)?;
     for dtype in [DType::F32, DType::F16] {
-        let options =
-            CaptureOptions { layers: vec![0, 14, 29], tokens: 256, window: 32, next: 16, dtype };
+        let options = CaptureOptions {
+            layers: vec![0, 14, 29],
+            tokens: 256,
+            window: 32,
+            next: 16,
+            dtype,
+            ..Default::default()
+        };
         let layers = model.config().layers;
         let mut recorder = RecordOutputs::new(DenseAttention::new(layers), layers);
         let dump = capture_with(&model, &ids, &options, &mut recorder)?;

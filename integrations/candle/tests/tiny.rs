@@ -15,7 +15,8 @@ const TOKENS: usize = 20;
 const NEXT: usize = 5;
 
 fn options(layers: &[usize], window: usize, dtype: DType) -> CaptureOptions {
-    CaptureOptions { layers: layers.to_vec(), tokens: TOKENS, window, next: NEXT, dtype }
+    let layers = layers.to_vec();
+    CaptureOptions { layers, tokens: TOKENS, window, next: NEXT, dtype, ..Default::default() }
 }
 
 /// A dump, and the attention outputs of the layers it holds.
@@ -70,6 +71,53 @@ fn wrong_layer_is_noticed() -> Result<()> {
     let (dump, _) = captured(&options(&[0], TOKENS, DType::F32));
     let (_, outputs) = captured(&options(&[1], TOKENS, DType::F32));
     assert!(worst_ratio(&dump, 0, &outputs[0])? > 1.0);
+    Ok(())
+}
+
+/// A probe sees the context as the tokens that follow it do, and leaves nothing behind.
+#[test]
+fn probe_is_rolled_back() -> Result<()> {
+    let layers: Vec<usize> = (0..LAYERS).collect();
+    let plain = options(&layers, 6, DType::F32);
+    let probe = tiny_ids(TOKENS + NEXT)[TOKENS..].to_vec();
+    let model = Tiny::new()?.load()?;
+    let dump = |options: &CaptureOptions| {
+        kvbudget_candle::capture(&model, &tiny_ids(TOKENS + NEXT), options).expect("a dump")
+    };
+    let without = dump(&plain);
+    let with = dump(&CaptureOptions { probe, ..plain });
+    let values = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
+    for (name, tensor) in &without.tensors {
+        assert_eq!(values(tensor)?, values(&with.tensors[name])?, "{name}");
+    }
+    for l in 0..LAYERS {
+        let [probe, next] =
+            ["q_probe", "q_next"].map(|kind| &with.tensors[&format!("l{l}.{kind}")]);
+        assert_eq!(values(probe)?, values(next)?, "layer {l}");
+    }
+    assert_eq!(
+        (without.metadata["version"].as_str(), with.metadata["version"].as_str()),
+        ("1", "2")
+    );
+    Ok(())
+}
+
+/// What enters the first layer are the tokens' embeddings.
+#[test]
+fn hidden_norms_are_those_of_the_residual_stream() -> Result<()> {
+    let options = CaptureOptions { hidden_norms: true, ..options(&[0, 1], 6, DType::F16) };
+    let (dump, _) = captured(&options);
+    let ids = tiny_ids(TOKENS);
+    let embedding = Tiny::new()?.weight("token_embd.weight").to_dtype(DType::F32)?;
+    let rows = embedding.index_select(&Tensor::new(ids.as_slice(), &Device::Cpu)?, 0)?;
+    let expected: Vec<f32> = rows.sqr()?.sum(1)?.sqrt()?.to_vec1()?;
+    let norms: Vec<f32> = dump.tensors["l0.hidden_norms"].to_vec1()?;
+    assert_eq!(norms.len(), TOKENS);
+    for (norm, expected) in norms.iter().zip(&expected) {
+        assert!((norm - expected).abs() <= 1e-5 * expected, "{norm} {expected}");
+    }
+    let later: Vec<f32> = dump.tensors["l1.hidden_norms"].to_vec1()?;
+    assert_ne!(norms, later);
     Ok(())
 }
 

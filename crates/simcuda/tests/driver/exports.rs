@@ -11,7 +11,10 @@ use simcuda::Class;
 /// cudarc's own list, from the source that this workspace builds.
 fn declared() -> BTreeSet<String> {
     let metadata = Command::new(env!("CARGO"))
-        .args(["metadata", "--format-version", "1", "--offline", "--manifest-path"])
+        .args(["metadata", "--format-version", "1", "--offline"])
+        // Other platforms' crates were never fetched.
+        .arg(format!("--filter-platform={}-unknown-linux-gnu", std::env::consts::ARCH))
+        .arg("--manifest-path")
         .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
         .output()
         .expect("cargo runs");

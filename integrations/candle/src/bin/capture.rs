@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use candle_core::quantized::gguf_file::Content;
 use clap::{Parser, ValueEnum};
+use kvbudget::Spans;
 use kvbudget_candle::{CaptureOptions, Llama, capture, tokenizer};
 
 /// Dump keys, values and queries of a llama while it reads a text.
@@ -37,6 +38,15 @@ struct Args {
     /// Layers to dump, such as 0,7,14, or "all"
     #[arg(long, default_value = "all", value_parser = parse_layers)]
     layers: Layers,
+    /// Text of a prompt that is run behind the context and rolled back, for its queries (epicache, maskkv)
+    #[arg(long)]
+    probe: Option<String>,
+    /// Dump the norms of the rows that enter each layer (guikv)
+    #[arg(long)]
+    hidden_norms: bool,
+    /// What stretches of the context are, such as system:0..20,frame:20..276
+    #[arg(long, default_value = "")]
+    spans: Spans,
     /// Element type of the dump
     #[arg(long, default_value = "f16")]
     dtype: Dtype,
@@ -89,7 +99,9 @@ fn main() -> Result<()> {
         File::open(&args.model).with_context(|| format!("cannot open {}", args.model.display()))?;
     let content = Content::read(&mut file)
         .with_context(|| format!("{} is not a GGUF file", args.model.display()))?;
-    let ids = tokenizer::encode(&tokenizer::from_gguf(&content)?, &text)?;
+    let tokenizer = tokenizer::from_gguf(&content)?;
+    let ids = tokenizer::encode(&tokenizer, &text)?;
+    let probe = args.probe.as_deref().map(|text| tokenizer::encode(&tokenizer, text));
     let model = Llama::load(&content, &mut file)
         .with_context(|| format!("cannot load {}", args.model.display()))?;
 
@@ -109,6 +121,9 @@ fn main() -> Result<()> {
             Dtype::Bf16 => DType::BF16,
             Dtype::F32 => DType::F32,
         },
+        hidden_norms: args.hidden_norms,
+        probe: probe.transpose()?.unwrap_or_default(),
+        spans: args.spans,
     };
     let mut dump = capture(&model, &ids, &options)?;
     let title = args.title.unwrap_or_else(|| file_name(&args.text));
