@@ -25,7 +25,10 @@ pub fn read_blocks(
 ) -> Result<()> {
     if block == 0 || (cache.wants_probe() && probe.is_empty()) {
         let (block, probe) = (block, probe.len());
-        bail!("{:?} in blocks of {block} with a probe of {probe}: expected more", cache.policy().name);
+        bail!(
+            "{:?} in blocks of {block} with a probe of {probe}: expected more",
+            cache.policy().name
+        );
     }
     for block in ids.chunks(block) {
         if !cache.wants_probe() {

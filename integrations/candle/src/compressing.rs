@@ -15,9 +15,7 @@ use std::ops::Range;
 use candle_core::{Error, Result, Tensor, bail};
 use kvbudget::backend::cpu::{Cpu, HostLayer};
 use kvbudget::cache::FlatCache;
-use kvbudget::{
-    BlockPrefill, CacheManager, Keep, LayerId, LayerView, Plan, Position, Ragged,
-};
+use kvbudget::{BlockPrefill, CacheManager, Keep, LayerId, LayerView, Plan, Position, Ragged};
 
 use crate::attention::{AttentionHook, Span};
 use crate::batch::Batch;
@@ -101,8 +99,7 @@ impl<'c> Compressing<'c> {
             view = view.with_probe(loan.q.tokens(rows.clone())?).map_err(Error::wrap)?;
         }
         let o_proj = settings.o_proj.get(layer);
-        let keeps =
-            sequence.observed(layer, view, o_proj, |view| manager.layer_done(id, view))?;
+        let keeps = sequence.observed(layer, view, o_proj, |view| manager.layer_done(id, view))?;
         // Earlier layers make room before this one's slots come in.
         for keep in keeps.iter().filter(|keep| keep.layer != id || !*fresh) {
             let sequence = &mut batch.sequences[index];
