@@ -51,6 +51,7 @@
 //! * [`preset`] names the published combinations; [`PolicyConfig`] combines their parts freely; a [`score::Scorer`] of
 //!   your own is one `impl`.
 //! * [`Planner`] takes layers one by one, for one sequence or many, and may evict as they come ([`Planner::cascade`]).
+//! * [`BlockPrefill`] reads a prompt block by block within the budget and one block, for engines that speak [`engine`]'s contract.
 //! * [`cache`] holds what is left, flat or in pages; [`backend::Backend::attend`] attends over it; [`Trigger`] says when to compress again.
 //! * [`backend`] is the seam for devices: the CPU, and with feature `cuda` NVIDIA GPUs.
 //!
@@ -59,9 +60,11 @@
 
 pub mod allocate;
 pub mod backend;
+mod blocks;
 mod budget;
 pub mod cache;
 mod dtype;
+pub mod engine;
 mod error;
 mod geometry;
 mod ids;
@@ -80,8 +83,10 @@ mod spans;
 mod trigger;
 mod view;
 
+pub use blocks::BlockPrefill;
 pub use budget::{Budget, Fraction};
 pub use dtype::{Dtype, Element};
+pub use engine::{Books, CacheManager, Keep};
 pub use error::{Error, Result};
 pub use geometry::{Geometry, LayerShape, MAX_LEN};
 pub use ids::{KvHead, LayerId, Position};

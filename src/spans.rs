@@ -76,6 +76,16 @@ impl Spans {
         self.0.iter()
     }
 
+    /// Those that have begun before `end`, cut there: what is known while a sequence has `end` tokens.
+    pub fn until(&self, end: u32) -> Self {
+        let begun = self.0.iter().filter(|span| span.positions.start < end).cloned();
+        let cut = |span: Span| Span {
+            positions: span.positions.start..span.positions.end.min(end),
+            ..span
+        };
+        Self(begun.map(cut).collect())
+    }
+
     /// Position behind the last one.
     pub fn end(&self) -> u32 {
         self.0.last().map_or(0, |span| span.positions.end)
@@ -131,6 +141,14 @@ mod tests {
         assert_eq!(spans.of(SpanKind::Frame).collect::<Vec<_>>(), [20..276, 276..532]);
         assert_eq!(spans.end(), 632);
         assert_eq!("".parse::<Spans>().unwrap(), Spans::default());
+    }
+
+    #[test]
+    fn what_is_still_to_come_is_cut() {
+        let spans: Spans = "system:0..20,frame:20..276".parse().unwrap();
+        assert_eq!(spans.until(20).to_string(), "system:0..20");
+        assert_eq!(spans.until(21).to_string(), "system:0..20,frame:20..21");
+        assert_eq!((spans.until(0), spans.until(300)), (Spans::default(), spans));
     }
 
     #[test]

@@ -135,6 +135,14 @@ impl FlatCache {
         Ok(())
     }
 
+    /// Goes back to `tokens` tokens: later ones become slack, as if they had never been appended. Slots evicted since they came do
+    /// not come back.
+    ///
+    /// Errors: more tokens than were seen.
+    pub fn truncate(&mut self, tokens: u32) -> Result<()> {
+        self.slots.truncate(tokens)
+    }
+
     /// Lends keys, values and positions, to be scored again or gathered elsewhere.
     ///
     /// Errors: a shape of other KV heads or head dim.

@@ -81,6 +81,20 @@ impl Slots {
         }
     }
 
+    /// Forgets the positions from `tokens` on, and that they were seen.
+    pub(super) fn truncate(&mut self, tokens: u32) -> Result<()> {
+        if tokens > self.tokens {
+            let (what, got, limit) = ("tokens to go back to", tokens.into(), self.tokens.into());
+            return Err(Error::TooLarge { what, got, limit });
+        }
+        for (len, positions) in self.lens.iter_mut().zip(&mut self.positions) {
+            positions.truncate(positions.partition_point(|p| p.0 < tokens));
+            *len = positions.len() as u32;
+        }
+        self.tokens = tokens;
+        Ok(())
+    }
+
     /// Whether rows `[H, M, D]` of new tokens fit; `M`.
     pub(super) fn check_new(
         &self,

@@ -76,8 +76,7 @@ impl BudgetCache {
 
     /// Starts an empty sequence; returns its index, which is that of its span.
     pub fn add_sequence(&mut self) -> Result<usize> {
-        let sequence = SequenceCache::new(self.settings.geometry.clone(), self.queries)?;
-        Ok(self.push_sequence(sequence))
+        Ok(self.push_sequence(self.empty_sequence()?))
     }
 
     /// Adopts a sequence that was filled elsewhere; returns its index.
@@ -98,6 +97,49 @@ impl BudgetCache {
     /// The sequences, in the order of their spans.
     pub fn sequences(&self) -> &[SequenceCache] {
         &self.batch.sequences
+    }
+
+    /// Puts a sequence in the place of another, which is handed out.
+    ///
+    /// Errors: no such sequence.
+    pub fn switch_sequence(&mut self, index: usize, by: SequenceCache) -> Result<SequenceCache> {
+        self.check_index(index)?;
+        let switched = std::mem::replace(&mut self.batch.sequences[index], by);
+        self.batch.note_peak(0);
+        Ok(switched)
+    }
+
+    /// An empty sequence of this cache's making, for [`switch_sequence`](Self::switch_sequence).
+    pub fn empty_sequence(&self) -> Result<SequenceCache> {
+        SequenceCache::new(self.settings.geometry.clone(), self.queries)
+    }
+
+    /// A sequence, to name its stretches or to roll it back.
+    ///
+    /// Errors: no such sequence.
+    pub fn sequence_mut(&mut self, index: usize) -> Result<&mut SequenceCache> {
+        self.check_index(index)?;
+        Ok(&mut self.batch.sequences[index])
+    }
+
+    /// Whether a sequence holds more than its budget.
+    ///
+    /// Errors: no such sequence.
+    pub fn is_over_budget(&self, sequence: usize) -> Result<bool> {
+        self.check_index(sequence)?;
+        let Settings { geometry, budget, .. } = &self.settings;
+        let sequence = &self.batch.sequences[sequence];
+        Ok(sequence.slots() > budget.resolve(geometry, sequence.tokens().into()))
+    }
+
+    /// The policy.
+    pub fn policy(&self) -> &PolicyConfig {
+        self.settings.policy.config()
+    }
+
+    /// Whether the policy looks with a probe.
+    pub fn wants_probe(&self) -> bool {
+        self.settings.policy.needs().probe
     }
 
     /// The spans of a forward pass in which sequence `i` gets `tokens[i]` new tokens.
@@ -153,7 +195,13 @@ impl BudgetCache {
 
     /// A hook for the forward pass that ends a prompt: each layer is compressed as soon as it has attended.
     pub fn compressing(&mut self) -> Compressing<'_> {
-        Compressing::new(&self.settings, &mut self.batch)
+        Compressing::new(&self.settings, &mut self.batch, false)
+    }
+
+    /// A hook for the forward pass of a probe, over a block that has been read through the cache itself: each layer is scored by the
+    /// probe's queries and compressed, and the probe's own rows are gone.
+    pub fn probing(&mut self) -> Compressing<'_> {
+        Compressing::new(&self.settings, &mut self.batch, true)
     }
 
     /// What a policy would keep of a sequence; nothing changes.
@@ -205,7 +253,9 @@ impl BudgetCache {
         let Settings { cpu, geometry, o_proj, .. } = &self.settings;
         let sequence = &self.batch.sequences[sequence];
         let held = sequence.held();
-        let described = Sequence { tokens: sequence.tokens(), held: held.as_deref(), spans: None };
+        let tokens = sequence.tokens();
+        let spans = sequence.spans().until(tokens);
+        let described = Sequence { tokens, held: held.as_deref(), spans: Some(&spans) };
         let planner = |&budget| Planner::new(cpu, policy, geometry, budget, &[described]);
         let planners = budgets.iter().map(planner).collect::<kvbudget::Result<Vec<_>>>();
         let mut planners = planners.map_err(Error::wrap)?;

@@ -6,23 +6,28 @@
 //! earlier layers give up slots as later ones win them. Where a policy cannot cascade (two stages over all
 //! layers, reference modes), layers stay whole until the last. A sequence that held tokens before is appended
 //! to and thinned.
+//!
+//! A probe is such a pass as well: its tokens attend over all that is held, and are taken out again before the layer is scored by
+//! their queries.
 
 use std::ops::Range;
 
 use candle_core::{Error, Result, Tensor, bail};
 use kvbudget::backend::cpu::{Cpu, HostLayer};
 use kvbudget::cache::FlatCache;
-use kvbudget::{LayerId, LayerView, Plan, Planner, Position, Sequence};
+use kvbudget::{BlockPrefill, CacheManager, Keep, LayerId, LayerView, Plan, Position, Ragged};
 
 use crate::attention::{AttentionHook, Span};
 use crate::batch::Batch;
 use crate::cache::Settings;
 use crate::step::{Loan, Step, rows_of};
 
-/// The hook of one forward pass: it ends the prompts of the sequences that have tokens in it.
+/// The hook of one forward pass: it ends the prompts, or blocks of them, of the sequences that have tokens in it.
 pub struct Compressing<'c> {
     settings: &'c Settings,
     batch: &'c mut Batch,
+    /// The tokens are a probe's.
+    probe: bool,
     /// One per sequence with tokens, from the first layer on.
     readers: Vec<Reader<'c>>,
     /// The layer that comes next.
@@ -33,16 +38,16 @@ pub struct Compressing<'c> {
 struct Reader<'c> {
     sequence: usize,
     rows: Range<usize>,
-    /// Held nothing before.
+    /// Held nothing before: the new tokens are the engine's until it is known which stay.
     fresh: bool,
     /// Has evicted nothing before.
     dense: bool,
-    planner: Planner<'c, Cpu>,
+    manager: BlockPrefill<'c, Cpu>,
 }
 
 impl<'c> Compressing<'c> {
-    pub(crate) fn new(settings: &'c Settings, batch: &'c mut Batch) -> Self {
-        Self { settings, batch, readers: Vec::new(), next: 0 }
+    pub(crate) fn new(settings: &'c Settings, batch: &'c mut Batch, probe: bool) -> Self {
+        Self { settings, batch, probe, readers: Vec::new(), next: 0 }
     }
 
     /// The plans, one per sequence with tokens, once the forward pass is through.
@@ -54,67 +59,62 @@ impl<'c> Compressing<'c> {
             bail!("expected a forward pass of {layers} layers, got {}", self.next);
         }
         let mut plans = Vec::new();
-        for reader in self.readers {
-            plans.extend(reader.planner.finish().map_err(Error::wrap)?);
+        for mut reader in self.readers {
+            plans.push(reader.manager.end_block().map_err(Error::wrap)?);
             self.batch.sequences[reader.sequence].compressed();
         }
         Ok(plans)
     }
 
-    /// One planner per sequence with tokens.
+    /// One manager per sequence with tokens.
     fn start(&mut self, spans: &[Span]) -> Result<()> {
         let Settings { geometry, policy, budget, cpu, .. } = self.settings;
         for (sequence, rows) in rows_of(spans).enumerate().filter(|(_, rows)| !rows.is_empty()) {
-            let cache = &self.batch.sequences[sequence];
-            let (position, end) = (cache.tokens(), cache.tokens() + rows.len() as u32);
-            // What the heads will hold once the new tokens are there.
-            let held = cache.held().map(|layers| -> Vec<Vec<Vec<Position>>> {
-                let new = (position..end).map(Position);
-                let head = |head: &Vec<Position>| head.iter().copied().chain(new.clone()).collect();
-                layers.into_iter().map(|heads| heads.iter().map(head).collect()).collect()
-            });
-            let held: Option<Vec<&[Vec<Position>]>> =
-                held.as_ref().map(|layers| layers.iter().map(Vec::as_slice).collect());
-            let described = Sequence { tokens: end, held: held.as_deref(), spans: None };
-            let planner =
-                Planner::new(cpu, policy, geometry, *budget, &[described]).map_err(Error::wrap)?;
-            let config = policy.config();
-            let planner = match config.two_stage.is_none() && config.reference.is_none() {
-                true => planner.cascade().map_err(Error::wrap)?,
-                false => planner,
-            };
-            let (fresh, dense) = (position == 0, held.is_none());
-            self.readers.push(Reader { sequence, rows, fresh, dense, planner });
+            let books = self.batch.sequences[sequence].books();
+            let (fresh, dense) = (books.tokens == 0 && !self.probe, books.held.is_none());
+            let manager = BlockPrefill::new(cpu, policy, geometry, *budget, books);
+            let mut manager = manager.map_err(Error::wrap)?;
+            let new = if self.probe { 0 } else { rows.len() as u32 };
+            manager.begin_block(new).map_err(Error::wrap)?;
+            self.readers.push(Reader { sequence, rows, fresh, dense, manager });
         }
         Ok(())
     }
 
-    /// Scores a layer of a reader and evicts what that settles.
+    /// Lends a layer of a reader to its manager and evicts what that settles.
     fn evict(&mut self, reader: usize, layer: usize, step: &Step, loan: &Loan<'_>) -> Result<()> {
-        let Self { settings, batch, readers, .. } = self;
-        let Reader { sequence: index, rows, fresh, dense, planner } = &mut readers[reader];
+        let Self { settings, batch, probe, readers, .. } = self;
+        let Reader { sequence: index, rows, fresh, dense, manager } = &mut readers[reader];
         let (index, id) = (*index, LayerId(layer as u32));
         let sequence = &batch.sequences[index];
         let fresh_view = || -> Result<HostLayer<'_>> {
             let (k, v) = (loan.k.tokens(rows.clone())?, loan.v.tokens(rows.clone())?);
             LayerView::new(step.shape(), rows.len() as u32, k, v).map_err(Error::wrap)
         };
-        let view = match fresh {
+        let mut view = match fresh {
             true => fresh_view()?,
             false => sequence.view(layer, *dense).map_err(Error::wrap)?,
         };
+        if *probe {
+            view = view.with_probe(loan.q.tokens(rows.clone())?).map_err(Error::wrap)?;
+        }
         let o_proj = settings.o_proj.get(layer);
-        let changed = sequence.observed(layer, view, o_proj, |view| planner.push(&[*view]))?;
+        let keeps = sequence.observed(layer, view, o_proj, |view| manager.layer_done(id, view))?;
         // Earlier layers make room before this one's slots come in.
-        for &earlier in changed.iter().filter(|&&l| l != id || !*fresh) {
-            let kept = planner.held(0, earlier).unwrap_or_default();
+        for keep in keeps.iter().filter(|keep| keep.layer != id || !*fresh) {
             let sequence = &mut batch.sequences[index];
-            let replaced = sequence.evict(earlier.index(), &kept).map_err(Error::wrap)?;
+            let replaced =
+                sequence.evict(keep.layer.index(), &keep.positions).map_err(Error::wrap)?;
             batch.note_peak(replaced);
         }
         if *fresh {
-            // All of them, if the policy settles nothing before the last layer.
-            let kept = planner.held(0, id).unwrap_or_default();
+            let settled = keeps.into_iter().find(|keep| keep.layer == id);
+            // All of them, if nothing is settled before the last layer.
+            let all = || -> Ragged<Position> {
+                let head = || (0..rows.len() as u32).map(Position).collect();
+                (0..step.shape().kv_heads()).map(|_| head()).collect()
+            };
+            let kept = settled.map_or_else(all, |Keep { positions, .. }| positions);
             let cache = FlatCache::gather(&fresh_view()?, &kept, 0).map_err(Error::wrap)?;
             batch.sequences[index].put(layer, cache);
             batch.note_peak(0);
@@ -141,7 +141,9 @@ impl AttentionHook for Compressing<'_> {
         }
         let loan = step.lend()?;
         for Reader { sequence, rows, fresh, .. } in &self.readers {
-            self.batch.sequences[*sequence].remember(layer, &step.queries(rows)?)?;
+            if !self.probe {
+                self.batch.sequences[*sequence].remember(layer, &step.queries(rows)?)?;
+            }
             if !fresh {
                 self.batch.reserve(*sequence, layer, rows.len() as u32)?;
                 self.batch.append(*sequence, layer, &loan, rows)?;
@@ -152,10 +154,21 @@ impl AttentionHook for Compressing<'_> {
             false => self.batch.attend_view(*sequence, layer, &loan, rows),
         });
         let attended = step.attend(&self.settings.cpu, &views.collect::<Result<Vec<_>>>()?)?;
+        if self.probe {
+            for (Reader { sequence, .. }, span) in self.readers.iter().zip(active(spans)) {
+                let sequence = &mut self.batch.sequences[*sequence];
+                sequence.truncate(layer, span.position).map_err(Error::wrap)?;
+            }
+        }
         for reader in 0..self.readers.len() {
             self.evict(reader, layer, &step, &loan)?;
         }
         self.next += 1;
         Ok(attended)
     }
+}
+
+/// Spans of sequences that have tokens in a pass.
+fn active(spans: &[Span]) -> impl Iterator<Item = &Span> {
+    spans.iter().filter(|span| span.tokens > 0)
 }

@@ -6,6 +6,7 @@
 
 pub mod attention;
 mod batch;
+pub mod blocks;
 pub mod cache;
 pub mod capture;
 pub mod compressing;
@@ -13,6 +14,7 @@ pub mod compressing;
 pub mod device;
 pub mod dump;
 mod elementwise;
+pub mod episodes;
 pub mod host;
 pub mod llama;
 mod prefill;
@@ -20,6 +22,7 @@ pub mod profiles;
 pub mod qwen3;
 pub mod reconstruct;
 mod rope;
+pub mod sensitivity;
 pub mod sequence;
 mod step;
 pub mod tokenizer;

@@ -214,7 +214,7 @@ impl Llama {
         let new = ids.len();
         let (cos, sin) = self.rope.at(new, spans)?;
 
-        let mut x = self.embedding.embedding(&Tensor::new(ids, &Device::Cpu)?)?;
+        let mut x = self.embed(ids)?;
         for (index, layer) in self.layers.iter().enumerate() {
             hook.hidden(index, &x, spans)?;
             let normed = rms_norm(&x, &layer.attention_norm, rms_eps)?;
@@ -238,6 +238,11 @@ impl Llama {
             x = (x + linear(&gated, &layer.down)?)?;
         }
         rms_norm(&x, &self.output_norm, rms_eps)
+    }
+
+    /// Input embeddings `[N, hidden]` of tokens.
+    pub fn embed(&self, ids: &[u32]) -> Result<Tensor> {
+        self.embedding.embedding(&Tensor::new(ids, &Device::Cpu)?)
     }
 
     /// Logits `[N, vocabulary]` of hidden states `[N, hidden]`.

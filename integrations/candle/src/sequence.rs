@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Error, Result, Tensor, bail};
 use kvbudget::backend::cpu::{HostLayer, HostSlice};
 use kvbudget::cache::FlatCache;
 use kvbudget::score::Queries;
-use kvbudget::{Geometry, LayerView, Plan, Position, Ragged, Rows};
+use kvbudget::{Books, Geometry, LayerView, Plan, Position, Ragged, Rows, Spans};
 
 use crate::host::Lent;
 
@@ -24,6 +24,14 @@ pub struct SequenceCache {
     keep: Queries,
     /// Tokens seen when it was compressed last.
     compressed_at: u32,
+    spans: Spans,
+}
+
+/// A point to go back to: see [`SequenceCache::mark`].
+pub struct Mark {
+    tokens: u32,
+    compressed_at: u32,
+    queries: Vec<VecDeque<Tensor>>,
 }
 
 impl SequenceCache {
@@ -43,7 +51,7 @@ impl SequenceCache {
         });
         let layers = layers.collect::<kvbudget::Result<Vec<_>>>().map_err(Error::wrap)?;
         let queries = vec![VecDeque::new(); layers.len()];
-        Ok(Self { geometry, layers, queries, keep, compressed_at: 0 })
+        Ok(Self { geometry, layers, queries, keep, compressed_at: 0, spans: Spans::default() })
     }
 
     /// Layers, heads and dims.
@@ -91,7 +99,44 @@ impl SequenceCache {
             .map(|((cache, shape), kept)| FlatCache::gather(&cache.view(*shape)?, kept, slack))
             .collect::<kvbudget::Result<Vec<_>>>()?;
         let (geometry, queries) = (self.geometry.clone(), self.queries.clone());
-        Ok(Self { geometry, layers, queries, keep: self.keep, compressed_at: self.tokens() })
+        let (keep, spans) = (self.keep, self.spans.clone());
+        Ok(Self { geometry, layers, queries, keep, compressed_at: self.tokens(), spans })
+    }
+
+    /// Says what stretches of it are, for policies that protect some. They may name tokens that are still to come.
+    pub fn set_spans(&mut self, spans: Spans) {
+        self.spans = spans;
+    }
+
+    /// What stretches of it are.
+    pub fn spans(&self) -> &Spans {
+        &self.spans
+    }
+
+    /// What it holds, in positions.
+    pub fn books(&self) -> Books {
+        let held = self.held().map(|layers| layers.iter().map(|heads| heads.to_vec()).collect());
+        Books { tokens: self.tokens(), held, spans: self.spans.clone() }
+    }
+
+    /// Remembers this point: a question and its answer may go in and be [rolled back](Self::roll_back).
+    pub fn mark(&self) -> Mark {
+        let (tokens, compressed_at) = (self.tokens(), self.compressed_at);
+        Mark { tokens, compressed_at, queries: self.queries.clone() }
+    }
+
+    /// Goes back to a mark of this sequence: tokens that came after it leave no trace but room.
+    ///
+    /// Errors: compressed since, when what was evicted cannot come back.
+    pub fn roll_back(&mut self, mark: &Mark) -> Result<()> {
+        if mark.compressed_at != self.compressed_at || mark.tokens > self.tokens() {
+            bail!("expected a mark of this sequence that nothing was evicted since");
+        }
+        for layer in 0..self.layers.len() {
+            self.truncate(layer, mark.tokens).map_err(Error::wrap)?;
+        }
+        self.queries.clone_from(&mark.queries);
+        Ok(())
     }
 
     /// Lends a layer with all that a scorer may ask for. A dense sequence is lent without positions.
@@ -185,6 +230,11 @@ impl SequenceCache {
         v: &Rows<'_, HostSlice<'_>>,
     ) -> kvbudget::Result<()> {
         self.layers[layer].append(k, v)
+    }
+
+    /// Takes the tokens from `tokens` on out of a layer again.
+    pub(crate) fn truncate(&mut self, layer: usize, tokens: u32) -> kvbudget::Result<()> {
+        self.layers[layer].truncate(tokens)
     }
 
     /// Remembers the queries `[n, Hq, D]` of new tokens, as far as they are wanted.

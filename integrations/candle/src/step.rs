@@ -3,7 +3,7 @@
 use std::iter::repeat_n;
 use std::ops::Range;
 
-use candle_core::{Error, Result, Tensor, bail};
+use candle_core::{Device, Error, Result, Tensor, bail};
 use kvbudget::backend::cpu::{Cpu, HostSlice};
 use kvbudget::backend::ops::Attend;
 use kvbudget::backend::{AttendView, Backend};
@@ -78,42 +78,47 @@ impl Step {
 
     /// Attention of each view's queries, view after view, as `[N, Hq, D]` of the queries' dtype.
     pub(crate) fn attend(&self, cpu: &Cpu, views: &[View<'_>]) -> Result<Tensor> {
-        let scale = (self.shape.head_dim() as f32).powf(-0.5);
-        let many = |view: &View<'_>| view.q.len(0) >= prefill::MANY;
-        let mut parts = Vec::new();
-        for views in views.chunk_by(|a, b| !many(a) && !many(b)) {
-            match views {
-                [prompt] if many(prompt) => {
-                    parts.push(prefill::attend(prompt, scale, self.q.device())?);
-                }
-                few => self.attend_few(cpu, few, scale, &mut parts)?,
-            }
-        }
-        Tensor::cat(&parts, 0)?.to_dtype(self.q.dtype())
+        attend(self.shape, cpu, views)?.to_dtype(self.q.dtype())
     }
+}
 
-    /// The core's attention over all views at once: a part `[M, Hq, D]` for each.
-    fn attend_few(
-        &self,
-        cpu: &Cpu,
-        views: &[View<'_>],
-        scale: f32,
-        parts: &mut Vec<Tensor>,
-    ) -> Result<()> {
-        let (heads, dim) = (self.shape.query_heads(), self.shape.head_dim());
-        let counts = || views.iter().map(|view| view.q.len(0));
-        let mut out = Ragged::filled(counts().flat_map(|m| repeat_n(m * dim, heads)), 0.0f32);
-        cpu.attend(&Attend { scale }, views, &mut out, None).map_err(Error::wrap)?;
-        let mut rest = out.data();
-        for m in counts() {
-            let (part, later) = rest.split_at(heads * m * dim);
-            rest = later;
-            // Heads come first there.
-            let part = Tensor::from_slice(part, (heads, m, dim), self.q.device())?;
-            parts.push(part.transpose(0, 1)?);
+/// Attention of each view's queries, view after view, as `[N, Hq, D]` in f32.
+pub(crate) fn attend(shape: LayerShape, cpu: &Cpu, views: &[View<'_>]) -> Result<Tensor> {
+    let scale = (shape.head_dim() as f32).powf(-0.5);
+    let many = |view: &View<'_>| view.q.len(0) >= prefill::MANY;
+    let mut parts = Vec::new();
+    for views in views.chunk_by(|a, b| !many(a) && !many(b)) {
+        match views {
+            [prompt] if many(prompt) => {
+                parts.push(prefill::attend(prompt, scale, &Device::Cpu)?);
+            }
+            few => attend_few(shape, cpu, few, scale, &mut parts)?,
         }
-        Ok(())
     }
+    Tensor::cat(&parts, 0)
+}
+
+/// The core's attention over all views at once: a part `[M, Hq, D]` for each.
+fn attend_few(
+    shape: LayerShape,
+    cpu: &Cpu,
+    views: &[View<'_>],
+    scale: f32,
+    parts: &mut Vec<Tensor>,
+) -> Result<()> {
+    let (heads, dim) = (shape.query_heads(), shape.head_dim());
+    let counts = || views.iter().map(|view| view.q.len(0));
+    let mut out = Ragged::filled(counts().flat_map(|m| repeat_n(m * dim, heads)), 0.0f32);
+    cpu.attend(&Attend { scale }, views, &mut out, None).map_err(Error::wrap)?;
+    let mut rest = out.data();
+    for m in counts() {
+        let (part, later) = rest.split_at(heads * m * dim);
+        rest = later;
+        // Heads come first there.
+        let part = Tensor::from_slice(part, (heads, m, dim), &Device::Cpu)?;
+        parts.push(part.transpose(0, 1)?);
+    }
+    Ok(())
 }
 
 /// The rows that each span's tokens have in the tensors of a forward pass.

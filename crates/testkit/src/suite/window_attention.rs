@@ -249,16 +249,16 @@ pub fn long_rows<D: TestDevice>(device: &D) {
 }
 
 /// Slots are not positions: heads of different lengths at scattered positions, some without any past,
-/// some without any window, some empty.
+/// some without any window, some empty; with long windows, some queries older than all that a head holds.
 pub fn compressed<D: TestDevice>(device: &D) {
     for (place, lse) in [Place::Ragged { slack: 1 }, Place::Paged { page: 4 }]
         .into_iter()
         .flat_map(|place| [(place, false), (place, true)])
     {
         for kept in [vec![5, 20, 64], vec![1, 0, 2], vec![0, 0, 0], vec![63, 33, 7]] {
-            let base = Spec { tokens: 64, kv_heads: 3, queries: 8, ..Spec::default() };
+            let base = Spec { tokens: 64, kv_heads: 3, queries: 64, ..Spec::default() };
             let spec = Spec { kept: Some(kept), place, lse, ..base };
-            for window in [1, 8] {
+            for window in [1, 8, 64] {
                 for score_window in [false, true] {
                     let row_pool = Some(5);
                     let op = WindowAttention { window, score_window, row_pool, ..PLAIN };

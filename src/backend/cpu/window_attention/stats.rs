@@ -117,7 +117,8 @@ pub(super) fn row_stats(
         let pieces = (PIECES / head.blocks().count()).max(1);
         for (b, block) in head.blocks().enumerate() {
             let seen = head.visible(block.end - 1);
-            let piece = seen.div_ceil(pieces).next_multiple_of(PIECE);
+            // Rows older than all that the head still holds see nothing.
+            let piece = seen.div_ceil(pieces).next_multiple_of(PIECE).max(PIECE);
             let width = Shape::new(head, &block).width;
             let mut to = logits[i].get_mut(b).map(std::mem::take);
             for start in (0..seen).step_by(piece) {
