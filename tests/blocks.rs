@@ -6,9 +6,9 @@ use kvbudget::cache::FlatCache;
 use kvbudget::plan::Promise;
 use kvbudget::score::{Needs, Queries};
 use kvbudget::{
-    BlockPrefill, Books, Budget, CacheManager, Dtype, Error, Fraction, Geometry, Keep, LayerId,
-    LayerShape, LayerView, PRESETS, PROBED, Plan, Planner, Policy, PolicyConfig, Position, Profile,
-    Ragged, Result, Rows, SpanKind, Spans, preset, profile::Point, profiled,
+    BlockPrefill, Books, Budget, CacheManager, Dtype, Error, Fraction, Geometry, INFORMED, Keep,
+    LayerId, LayerShape, LayerView, PRESETS, Plan, Planner, Policy, PolicyConfig, Position,
+    Profile, Ragged, Result, Rows, SpanKind, Spans, preset, profile::Point, profiled,
 };
 use proptest::prelude::*;
 
@@ -133,6 +133,12 @@ impl Engine {
             let o_proj = Rows::heads_first(HostSlice::F32(&o_proj), 1, HIDDEN, query_heads * DIM)?;
             view = view.with_output_projection(o_proj)?;
         }
+        let norms: Vec<f32> =
+            (0..tokens).flat_map(|t| noise(5, l, 0, t).take(1)).map(|x| 20.0 + x).collect();
+        if needs.hidden_norms {
+            view =
+                view.with_hidden_norms(Rows::heads_first(HostSlice::F32(&norms), 1, tokens, 1)?)?;
+        }
         look(&view)
     }
 }
@@ -145,9 +151,11 @@ fn profiled_config() -> PolicyConfig {
 
 /// All that work in blocks, with windows as small as the prompts are.
 fn policies() -> Vec<Policy<Cpu>> {
-    let named = PRESETS.iter().chain(PROBED).map(|name| {
+    let named = PRESETS.iter().chain(INFORMED).map(|name| {
         let mut config = preset(name).unwrap();
         config.set("window", "4").ok();
+        // Larger units meet a budget to less than a unit.
+        config.set("unit", "1").unwrap();
         config
     });
     named.chain([profiled_config()]).map(|config| config.build().unwrap()).collect()
@@ -163,7 +171,7 @@ struct Case {
 
 fn cases() -> impl Strategy<Value = Case> {
     let blocks = prop::collection::vec(1u32..20, 1..8);
-    let policies = PRESETS.len() + PROBED.len() + 1;
+    let policies = PRESETS.len() + INFORMED.len() + 1;
     (0..policies, 1u64..24, blocks, 1u32..6).prop_map(|(policy, budget, blocks, system)| Case {
         policy,
         budget,
@@ -307,7 +315,7 @@ fn the_table_of_needs_is_true() {
         let row = table.lines().find(|line| line.starts_with(&format!("| `{name}`")));
         row.unwrap_or_else(|| panic!("no row for {name}"))
     };
-    let names = PRESETS.iter().chain(PROBED).chain(&["reconstruct"]);
+    let names = PRESETS.iter().chain(INFORMED).chain(&["reconstruct"]);
     let mut configs: Vec<_> = names.map(|name| preset(name).unwrap()).collect();
     configs.push(profiled_config());
     for config in &configs {

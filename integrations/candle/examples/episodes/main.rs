@@ -218,8 +218,8 @@ impl Bench {
         fact: &Fact,
     ) -> bool {
         let about = |e: usize| {
-            let of = |(u, &t): &(usize, &usize)| {
-                t == fact.topic && assignment[u / self.args.segment] == e
+            let of = |&(u, topic): &(usize, &usize)| {
+                *topic == fact.topic && assignment[u / self.args.segment] == e
             };
             talk.topics.iter().enumerate().filter(of).count()
         };
