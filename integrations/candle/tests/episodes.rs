@@ -153,7 +153,10 @@ fn a_conversation_in_episodes() -> Result<()> {
     assert_eq!(talk.facts.len(), 8);
     for fact in &talk.facts {
         let sentence = format!("{} {}.", fact.prefix, WORDS[fact.word]);
-        assert_eq!(talk.utterances.iter().filter(|u| u.text.contains(&sentence)).count(), 1);
+        let said =
+            talk.utterances.iter().zip(&talk.topics).filter(|(u, _)| u.text.contains(&sentence));
+        let topics: Vec<usize> = said.map(|(_, &topic)| topic).collect();
+        assert_eq!(topics, [fact.topic], "{sentence}");
     }
     let segments = segments(&talk.utterances, 4, None);
     let embeddings = segments.iter().map(|s| embed(s)).collect();

@@ -124,11 +124,8 @@ pub fn conversation(seed: u64, utterances: usize, topics: usize, facts: usize) -
             facts_at[place] = Some((thing, word));
             asked.push(Fact {
                 topic: t,
-                question: format!(
-                    "We talked about {}. What is the secret word of the {thing}?",
-                    topic.name
-                ),
-                prefix: format!("The secret word of the {thing} is"),
+                question: format!("About {}: what do you call your {thing}?", topic.name),
+                prefix: format!("I call my {thing}"),
                 word,
             });
         }
@@ -139,7 +136,7 @@ pub fn conversation(seed: u64, utterances: usize, topics: usize, facts: usize) -
         let small = topic.said.choose(&mut random).copied().unwrap_or_default();
         let text = match facts_at[u] {
             Some((thing, word)) => {
-                format!("{small}. The secret word of the {thing} is {}.", WORDS[word])
+                format!("{small}. I call my {thing} {}.", WORDS[word])
             }
             None => {
                 let other = topic.said[random.random_range(0..topic.said.len())];

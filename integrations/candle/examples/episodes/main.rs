@@ -27,7 +27,7 @@ use tokenizers::Tokenizer;
 use conversation::{Conversation, Fact, WORDS, conversation};
 
 const SYSTEM: &str = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n";
-const INSTRUCTION: &str = "\n\nList the speakers, dated events, personal details and secret words of this conversation.<|im_end|>\n\
+const INSTRUCTION: &str = "\n\nList the speakers, dated events, personal details and names of this conversation.<|im_end|>\n\
                            <|im_start|>assistant\n";
 
 /// Answer questions on a long conversation from a cache per episode.
@@ -171,8 +171,9 @@ impl Bench {
     ) -> Result<()> {
         let Self { args, model, tokenizer } = self;
         let started = Instant::now();
-        let embedder = TokenMean { model, tokenizer };
+        let embedder = TokenMean::new(model, tokenizer);
         let segments = segments(&talk.utterances, args.segment, None);
+        let embedder = embedder.centred(&segments)?;
         let embeddings = segments.iter().map(|s| embedder.embed(s)).collect::<Result<_>>()?;
         let kmeans = KMeans { clusters: episodes, ..KMeans::default() };
         let episodes = Episodes::fit(embeddings, &kmeans)?;
@@ -218,8 +219,8 @@ impl Bench {
         fact: &Fact,
     ) -> bool {
         let about = |e: usize| {
-            let of = |&(u, topic): &(usize, &usize)| {
-                *topic == fact.topic && assignment[u / self.args.segment] == e
+            let of = |&(u, &t): &(usize, &usize)| {
+                t == fact.topic && assignment[u / self.args.segment] == e
             };
             talk.topics.iter().enumerate().filter(of).count()
         };
