@@ -45,10 +45,10 @@ pub(super) fn best() -> Option<Isa> {
     static BEST: OnceLock<Option<Isa>> = OnceLock::new();
     *BEST.get_or_init(|| {
         #[cfg(target_arch = "x86_64")]
-        if dots::available() {
-            return Some(if tiles::permitted() { Isa::Amx } else { Isa::Avx512Bf16 });
-        }
-        None
+        let dots = dots::available();
+        #[cfg(not(target_arch = "x86_64"))]
+        let dots = false;
+        dots.then(|| if tiles::permitted() { Isa::Amx } else { Isa::Avx512Bf16 })
     })
 }
 
