@@ -167,7 +167,7 @@ impl<'a, B: Backend> Planner<'a, B> {
         // Whoever asks for spans to be kept must hear of it if nobody says where they are.
         let untold = self.sequences.iter().any(|state| state.spans.is_none());
         if untold && !self.policy.config.protect.spans.is_empty() {
-            let what = "spans of the sequence (spans, Sequence::spans), of which there may be none";
+            let what = "spans of the sequence (spans; an empty list says that there are none)";
             return Err(Error::Missing { method: "protect_spans", what });
         }
         let Scored { mut scores, first, mut weighted, redundant } = scored;

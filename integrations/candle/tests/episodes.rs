@@ -10,7 +10,7 @@ use candle_core::Tensor;
 use candle_core::quantized::gguf_file::Value;
 use conversation::{WORDS, conversation};
 use kvbudget::backend::cpu::Cpu;
-use kvbudget::{Budget, Planner, Policy, PolicyConfig, Spans, preset};
+use kvbudget::{Budget, Planner, Policy, PolicyConfig, Sequence, Spans, preset};
 use kvbudget_candle::blocks::read_blocks;
 use kvbudget_candle::episodes::{Episodes, KMeans, Match, patched_prompt, read_episodes, segments};
 use kvbudget_candle::sensitivity::{BlockMask, Over, measure};
@@ -107,7 +107,9 @@ fn a_probe_scores_as_dense_attention_would() -> Result<()> {
     model.forward(&probe, &[Span::new(40, 6)], &mut dense)?;
     let (geometry, policy): (_, Policy<Cpu>) = (model.geometry()?, policy.build()?);
     let cpu = Cpu::new();
-    let mut planner = Planner::new(&cpu, &policy, &geometry, budget, &[40u32])?;
+    let none = Spans::default();
+    let sequence = Sequence { spans: Some(&none), ..40u32.into() };
+    let mut planner = Planner::new(&cpu, &policy, &geometry, budget, &[sequence])?;
     for ((l, [_, k, v]), [q, ..]) in keys.iter().enumerate().zip(&dense.layers) {
         let (k, v, q) = (lent(k)?, lent(v)?, lent(q)?);
         let view =
