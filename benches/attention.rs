@@ -104,15 +104,7 @@ fn window_attention(c: &mut Criterion) {
     let data = Data::new(8192);
     let view = data.view();
     let (mut out, mut mean) = (data.zeros(), data.zeros());
-    let snap = WindowAttention {
-        window: WINDOW,
-        over_window: Reduce::Mean,
-        over_group: Reduce::Mean,
-        row_pool: None,
-        score_window: false,
-        gap: 0,
-        probe: false,
-    };
+    let snap = WindowAttention::plain(WINDOW, Reduce::Mean);
     let defensive = WindowAttention {
         over_window: Reduce::Max,
         over_group: Reduce::Max,

@@ -138,15 +138,7 @@ fn oracle(layer: &Layer, spans: &Spans, method: &GuiKv, budget: usize) -> Vec<Ve
     let frames: Vec<Range<u32>> = spans.of(SpanKind::Frame).collect();
     let norms = layer.hidden_norms.as_ref().unwrap().head::<f64>(0).concat();
     let head = |(h, positions): (usize, Vec<u32>)| -> Vec<u32> {
-        let attention = WindowAttention {
-            window: method.window,
-            over_window: Reduce::Mean,
-            over_group: Reduce::Mean,
-            row_pool: None,
-            score_window: false,
-            gap: 0,
-            probe: false,
-        };
+        let attention = WindowAttention::plain(method.window, Reduce::Mean);
         let (mut scores, _) = naive::window_attention::<f64>(&attention, &window_head(layer, h));
         // The published sum over the window.
         scores.iter_mut().for_each(|x| *x *= f64::from(method.window));

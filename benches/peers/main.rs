@@ -137,13 +137,8 @@ impl Peer {
         let mut scores = std::mem::take(&mut self.scores);
         let reduce = if defensive { Reduce::Max } else { Reduce::Mean };
         let op = WindowAttention {
-            window: self.window(),
-            over_window: reduce,
-            over_group: reduce,
             row_pool: defensive.then_some(5),
-            score_window: false,
-            gap: 0,
-            probe: false,
+            ..WindowAttention::plain(self.window(), reduce)
         };
         let layers = [self.view()];
         self.cpu.window_attention(&op, &layers, &mut scores, None).expect("scores");

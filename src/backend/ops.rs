@@ -60,6 +60,21 @@ pub struct WindowAttention {
     pub probe: bool,
 }
 
+impl WindowAttention {
+    /// One reduction over window and group, for the slots before the window. Nothing is pooled, no slot is too near.
+    pub const fn plain(window: u32, reduce: Reduce) -> Self {
+        Self {
+            window,
+            over_window: reduce,
+            over_group: reduce,
+            row_pool: None,
+            score_window: false,
+            gap: 0,
+            probe: false,
+        }
+    }
+}
+
 /// How far each slot's value reaches along what the last queries read.
 ///
 /// `score[t] = Σ_g Σ_w A[hq, w, t] · (v[t] · y[hq, w])` with `y[hq, w] = Σ_{t in anchor} A[hq, w, t] · v[t]` for the query

@@ -71,13 +71,8 @@ fn observe<B: Backend>(
 ) -> Result<(Ragged<f32>, Ragged<f32>, Ragged<f32>)> {
     let layers = std::slice::from_ref(layer);
     let op = WindowAttention {
-        window: scorer.window,
-        over_window: Reduce::Max,
-        over_group: Reduce::Max,
         row_pool: Some(scorer.kernel),
-        score_window: false,
-        gap: 0,
-        probe: false,
+        ..WindowAttention::plain(scorer.window, Reduce::Max)
     };
     let lens = segment_lens(layers);
     let (mut worst, mut mean, mut norms) =

@@ -74,13 +74,8 @@ impl<B: Backend> Scorer<B> for Defensive {
     ) -> Result<Scored<B::Floats>> {
         check_part("threshold", self.threshold)?;
         let attention = WindowAttention {
-            window: self.window,
-            over_window: Reduce::Max,
-            over_group: Reduce::Max,
             row_pool: Some(self.kernel),
-            score_window: false,
-            gap: 0,
-            probe: false,
+            ..WindowAttention::plain(self.window, Reduce::Max)
         };
         let lens = segment_lens(layers);
         let mut worst = backend.zeros(&lens)?;

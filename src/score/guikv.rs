@@ -22,9 +22,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Needs, Queries, Redundant, Room, Scored, Scorer, Subspace, past_lens, segment_lens};
+use super::{Needs, Queries, Redundant, Room, Scored, Scorer, SnapKv, Subspace, segment_lens};
 use crate::backend::Backend;
-use crate::backend::ops::{Pool, Pooling, Reduce, Residuals, Saliency, WindowAttention};
+use crate::backend::ops::{Pooling, Reduce, Residuals, Saliency};
 use crate::error::{Error, Result};
 use crate::ids::LayerId;
 use crate::parameters::parameters;
@@ -150,7 +150,7 @@ impl<B: Backend> Scorer<B> for GuiKv {
     fn score(
         &self,
         backend: &B,
-        _: LayerId,
+        id: LayerId,
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>> {
         if self.rank == 0 {
@@ -159,20 +159,9 @@ impl<B: Backend> Scorer<B> for GuiKv {
         let spans = layers.iter().map(|layer| layer.spans("guikv"));
         let frames = spans.map(|spans| Ok(spans?.of(SpanKind::Frame).collect()));
         let frames: Vec<Vec<Range<u32>>> = frames.collect::<Result<_>>()?;
-        let attention = WindowAttention {
-            window: self.window,
-            over_window: Reduce::Mean,
-            over_group: Reduce::Mean,
-            row_pool: None,
-            score_window: false,
-            gap: 0,
-            probe: false,
-        };
-        let mut scores = backend.zeros(&segment_lens(layers))?;
-        backend.window_attention(&attention, layers, &mut scores, None)?;
-        let lens = past_lens(layers, self.window);
-        let pool = Pool { kind: Pooling::Avg, kernel: self.kernel, lens: &lens };
-        backend.pool(&pool, &mut scores)?;
+        let Self { window, kernel, .. } = *self;
+        let base = SnapKv { window, kernel, pooling: Pooling::Avg, group: Reduce::Mean };
+        let Scored { mut scores, .. } = base.score(backend, id, layers)?;
 
         let current = layers.iter().zip(&frames).map(|(layer, frames)| {
             let past = layer.tokens().saturating_sub(self.window);

@@ -36,14 +36,9 @@ impl<B: Backend> Scorer<B> for H2o {
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>> {
         let attention = WindowAttention {
-            // All queries, however many tokens a sequence has.
-            window: u32::MAX,
-            over_window: Reduce::Mean,
-            over_group: Reduce::Mean,
-            row_pool: None,
             score_window: true,
-            gap: 0,
-            probe: false,
+            // All queries, however many tokens a sequence has.
+            ..WindowAttention::plain(u32::MAX, Reduce::Mean)
         };
         let mut scores = backend.zeros(&segment_lens(layers))?;
         backend.window_attention(&attention, layers, &mut scores, None)?;

@@ -52,13 +52,10 @@ impl<B: Backend> Scorer<B> for Probe {
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>> {
         let attention = WindowAttention {
-            window: u32::MAX,
-            over_window: self.rows,
             over_group: self.group,
-            row_pool: None,
             score_window: true,
-            gap: 0,
             probe: true,
+            ..WindowAttention::plain(u32::MAX, self.rows)
         };
         let mut scores = backend.zeros(&segment_lens(layers))?;
         backend.window_attention(&attention, layers, &mut scores, None)?;

@@ -96,13 +96,9 @@ impl<B: Backend> Scorer<B> for Reach {
         check_part("present", self.present)?;
         let lens = segment_lens(layers);
         let attention = |window, reduce, gap| WindowAttention {
-            window,
-            over_window: reduce,
-            over_group: reduce,
-            row_pool: None,
             score_window: true,
             gap,
-            probe: false,
+            ..WindowAttention::plain(window, reduce)
         };
         let mut scores = backend.zeros(&lens)?;
         let far = attention(self.queries, Reduce::Max, self.gap);

@@ -75,15 +75,7 @@ impl<B: Backend> Reconstruction<B> {
             got: layer.index(),
             layers,
         })?;
-        let attention = WindowAttention {
-            window: view.q("reconstruct")?.len(0) as u32,
-            over_window: Reduce::Max,
-            over_group: Reduce::Max,
-            row_pool: None,
-            score_window: false,
-            gap: 0,
-            probe: false,
-        };
+        let attention = WindowAttention::plain(view.q("reconstruct")?.len(0) as u32, Reduce::Max);
         let mut seen = backend.zeros(&super::segment_lens(std::slice::from_ref(view)))?;
         backend.window_attention(&attention, std::slice::from_ref(view), &mut seen, None)?;
         backend.raise(&seen, scores)

@@ -59,13 +59,8 @@ impl<B: Backend> Scorer<B> for SnapKv {
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>> {
         let attention = WindowAttention {
-            window: self.window,
-            over_window: Reduce::Mean,
             over_group: self.group,
-            row_pool: None,
-            score_window: false,
-            gap: 0,
-            probe: false,
+            ..WindowAttention::plain(self.window, Reduce::Mean)
         };
         let mut scores = backend.zeros(&segment_lens(layers))?;
         backend.window_attention(&attention, layers, &mut scores, None)?;
@@ -96,15 +91,7 @@ impl<B: Backend> Scorer<B> for Tova {
         _: LayerId,
         layers: &[LayerView<'_, B::Storage<'_>>],
     ) -> Result<Scored<B::Floats>> {
-        let attention = WindowAttention {
-            window: 1,
-            over_window: Reduce::Mean,
-            over_group: Reduce::Mean,
-            row_pool: None,
-            score_window: false,
-            gap: 0,
-            probe: false,
-        };
+        let attention = WindowAttention::plain(1, Reduce::Mean);
         let mut scores = backend.zeros(&segment_lens(layers))?;
         backend.window_attention(&attention, layers, &mut scores, None)?;
         // Heads have equal groups, so the sum of their means orders as the mean over all query heads does.

@@ -17,15 +17,7 @@ pub const TOKENS: u32 = 32768;
 pub const ROW: u64 = DIM as u64 * 2;
 
 /// SnapKV's scores.
-pub const SCORING: WindowAttention = WindowAttention {
-    window: WINDOW,
-    over_window: Reduce::Mean,
-    over_group: Reduce::Mean,
-    row_pool: None,
-    score_window: false,
-    gap: 0,
-    probe: false,
-};
+pub const SCORING: WindowAttention = WindowAttention::plain(WINDOW, Reduce::Mean);
 
 /// The decode step's attention.
 pub fn attention() -> Attend {

@@ -9,15 +9,7 @@ use kvbudget_testkit::generate::Spec;
 
 use crate::device::Gpu;
 
-const OP: WindowAttention = WindowAttention {
-    window: 32,
-    over_window: Reduce::Mean,
-    over_group: Reduce::Mean,
-    row_pool: None,
-    score_window: false,
-    gap: 0,
-    probe: false,
-};
+const OP: WindowAttention = WindowAttention::plain(32, Reduce::Mean);
 
 fn run(gpu: &Gpu, spec: &Spec, op: &WindowAttention) -> kvbudget::Result<()> {
     let layers = [spec.build()];

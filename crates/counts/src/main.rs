@@ -72,15 +72,7 @@ impl Case {
 
     /// SnapKV's.
     fn score(&mut self) {
-        let op = WindowAttention {
-            window: WINDOW,
-            over_window: Reduce::Mean,
-            over_group: Reduce::Mean,
-            row_pool: None,
-            score_window: false,
-            gap: 0,
-            probe: false,
-        };
+        let op = WindowAttention::plain(WINDOW, Reduce::Mean);
         let view = Self::view(&self.q, &self.k, &self.v, &self.o_proj);
         self.cpu.window_attention(&op, &[view], &mut self.scores, None).expect("scores");
         let lens = [TOKENS - WINDOW; HEADS as usize];

@@ -36,15 +36,8 @@ pub(super) fn run(
     out: &mut Ragged<f32>,
 ) -> Result<()> {
     check::projection(op, layers, out)?;
-    let attention = WindowAttention {
-        window: op.window,
-        over_window: Reduce::Mean,
-        over_group: Reduce::Mean,
-        row_pool: None,
-        score_window: true,
-        gap: 0,
-        probe: false,
-    };
+    let attention =
+        WindowAttention { score_window: true, ..WindowAttention::plain(op.window, Reduce::Mean) };
     let radius = op.row_pool.unwrap_or(1) as usize / 2;
     let heads: Vec<Head<'_>> = Attention::of(isa, &attention, layers)?
         .into_iter()

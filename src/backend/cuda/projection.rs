@@ -65,15 +65,8 @@ pub(super) fn run(
     let kernel = op.row_pool.unwrap_or(1);
     limit("row pooling kernel of a projection on CUDA", kernel, POOL)?;
     let radius = kernel / 2;
-    let attention = WindowAttention {
-        window: op.window,
-        over_window: Reduce::Mean,
-        over_group: Reduce::Mean,
-        row_pool: None,
-        score_window: true,
-        gap: 0,
-        probe: false,
-    };
+    let attention =
+        WindowAttention { score_window: true, ..WindowAttention::plain(op.window, Reduce::Mean) };
     let Inputs { mut rows, heads, queries, ends } = Inputs::of(&attention, layers)?;
     let plan = Plan::new(&attention, false, &heads, cuda.driver.processors)?;
     let mut first_value = None;

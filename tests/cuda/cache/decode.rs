@@ -49,15 +49,7 @@ impl Step {
 const OP: Attend = Attend { scale: 0.125 };
 
 pub fn config() -> Recompress {
-    let score = WindowAttention {
-        window: WINDOW,
-        over_window: Reduce::Mean,
-        over_group: Reduce::Mean,
-        row_pool: None,
-        score_window: false,
-        gap: 0,
-        probe: false,
-    };
+    let score = WindowAttention::plain(WINDOW, Reduce::Mean);
     let pool = Some((Pooling::Avg, 3));
     Recompress { score, pool, budget: Share::PerLayer(150), floor: 20, sinks: 3, recent: 8 }
 }
