@@ -342,6 +342,16 @@ fn parameters_matter() {
     }
 }
 
+/// Nothing was seen: nothing is kept, and nothing is indexed.
+#[test]
+fn sequences_of_no_tokens_keep_nothing() {
+    let model = Model::new(0, &[(4, 2)]);
+    for name in presets() {
+        let plan = model.plan(&preset(name).unwrap(), Budget::Slots(4));
+        assert_eq!(plan.unwrap_or_else(|e| panic!("{name}: {e}")).slots, 0, "{name}");
+    }
+}
+
 /// A batch of sequences of different lengths gets the plans that each would get alone, reference modes included.
 #[test]
 fn batches_are_independent() {

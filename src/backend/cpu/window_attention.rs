@@ -200,7 +200,9 @@ impl<'a> Head<'a> {
     /// Logits of each block, those of padding included, if they are kept: where products cost more than memory, and not
     /// those of long windows. Depends on the head alone, as results may.
     fn kept_logits(&self, isa: Isa) -> Vec<usize> {
-        let slots = self.visible(self.window() - 1).next_multiple_of(pairs::BLOCK);
+        let last = self.blocks().last();
+        let seen = last.map_or(0, |block| self.visible(block.end - 1));
+        let slots = seen.next_multiple_of(pairs::BLOCK);
         let of = |block| slots * queries::Shape::new(self, &block).width;
         let blocks: Vec<usize> = self.blocks().map(of).collect();
         let bytes = blocks.iter().sum::<usize>() * size_of::<f32>();
