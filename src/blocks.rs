@@ -98,9 +98,7 @@ impl<B: Backend> CacheManager<B> for BlockPrefill<'_, B> {
                 let sequence = Sequence { tokens, held: held.as_deref(), spans: Some(&spans) };
                 let Self { backend, policy, geometry, budget, .. } = *self;
                 let planner = Planner::new(backend, policy, geometry, budget, &[sequence])?;
-                let config = policy.config();
-                let cascades = config.two_stage.is_none() && config.reference.is_none();
-                Some(if cascades { planner.cascade()? } else { planner })
+                Some(if policy.cascades() { planner.cascade()? } else { planner })
             }
             false => None,
         };

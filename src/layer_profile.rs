@@ -82,12 +82,7 @@ mod wire {
     impl TryFrom<Wire> for LayerProfile {
         type Error = String;
         fn try_from(wire: Wire) -> Result<Self, String> {
-            if wire.format != FORMAT || wire.version != VERSION {
-                return Err(format!(
-                    "expected format {FORMAT:?} version {VERSION}, got {:?} version {}",
-                    wire.format, wire.version
-                ));
-            }
+            crate::wire::expect((FORMAT, VERSION), (&wire.format, wire.version))?;
             let Wire { model, similarity, importance, .. } = wire;
             Ok(Self { model, similarity, importance })
         }

@@ -82,6 +82,8 @@ pub mod select;
 mod spans;
 mod trigger;
 mod view;
+#[cfg(feature = "serde")]
+mod wire;
 
 pub use blocks::BlockPrefill;
 pub use budget::{Budget, Fraction};

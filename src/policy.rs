@@ -231,6 +231,11 @@ impl<B: Backend> Policy<B> {
         }
     }
 
+    /// Whether layers may be evicted before all are scored: see [`Planner::cascade`](crate::Planner::cascade).
+    pub fn cascades(&self) -> bool {
+        self.config.two_stage.is_none() && self.config.reference.is_none()
+    }
+
     /// The policy as data.
     pub fn config(&self) -> &PolicyConfig {
         &self.config

@@ -188,12 +188,7 @@ mod wire {
     impl TryFrom<Wire> for Profile {
         type Error = String;
         fn try_from(wire: Wire) -> Result<Self, String> {
-            if wire.format != FORMAT || wire.version != VERSION {
-                return Err(format!(
-                    "expected format {FORMAT:?} version {VERSION}, got {:?} version {}",
-                    wire.format, wire.version
-                ));
-            }
+            crate::wire::expect((FORMAT, VERSION), (&wire.format, wire.version))?;
             Profile::new(wire.model, wire.curve).map_err(|e| e.to_string())
         }
     }

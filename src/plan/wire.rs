@@ -63,12 +63,8 @@ impl Serialize for Plan {
 impl<'de> Deserialize<'de> for Plan {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let wire = Wire::deserialize(deserializer)?;
-        if wire.format != FORMAT || wire.version != VERSION {
-            return Err(serde::de::Error::custom(format!(
-                "expected format {FORMAT:?} version {VERSION}, got {:?} version {}",
-                wire.format, wire.version
-            )));
-        }
+        crate::wire::expect((FORMAT, VERSION), (&wire.format, wire.version))
+            .map_err(serde::de::Error::custom)?;
         let layers = wire
             .layers
             .into_iter()

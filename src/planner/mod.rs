@@ -93,7 +93,7 @@ impl<'a, B: Backend> Planner<'a, B> {
     /// [deferred](Self::deferred) planner.
     pub fn cascade(mut self) -> Result<Self> {
         deferred::apart(self.deferred.is_some())?;
-        if self.policy.config.two_stage.is_some() || self.policy.config.reference.is_some() {
+        if !self.policy.cascades() {
             return Err(Error::Unsupported {
                 what: "the cascade of a two-stage or reference policy",
                 why: "its final order is not the order of the scores seen so far",
