@@ -5,10 +5,11 @@
 //! each costs more than all that is copied there.
 
 use std::hint::black_box;
+use std::ops::Range;
 
 use memmap2::MmapMut;
 
-use crate::backend::cpu::{HostSlice, prefetch};
+use crate::backend::cpu::{HostSlice, LINE, prefetch};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::view::Rows;
@@ -23,9 +24,9 @@ pub(super) struct Buffer {
     dtype: Dtype,
 }
 
-/// Aligned for every dtype.
+/// From a cache line on, which is also aligned for every dtype.
 enum Memory {
-    Words(Vec<u32>),
+    Words { words: Vec<u32>, start: usize },
     Mapped(MmapMut),
 }
 
@@ -35,8 +36,11 @@ impl Memory {
         const WHAT: &str = "bytes of a cache tensor";
         if bytes < MAPPED_BYTES {
             // `vec!` aborts where the allocator refuses, so ask before. Opaque, or the question is optimised away.
+            let bytes = bytes + LINE as u128;
             let words = black_box(reserved::<u32>(WHAT, bytes.div_ceil(4))?).capacity();
-            return Ok(Self::Words(vec![0; words]));
+            let words = vec![0; words];
+            let start = words.as_ptr().align_offset(LINE / size_of::<u32>());
+            return Ok(Self::Words { words, start });
         }
         let map = usize::try_from(bytes).ok().and_then(|bytes| MmapMut::map_anon(bytes).ok());
         let refused =
@@ -50,14 +54,14 @@ impl Memory {
 
     fn bytes(&self) -> &[u8] {
         match self {
-            Self::Words(words) => bytemuck::cast_slice(words),
+            Self::Words { words, start } => bytemuck::cast_slice(&words[*start..]),
             Self::Mapped(map) => map,
         }
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
         match self {
-            Self::Words(words) => bytemuck::cast_slice_mut(words),
+            Self::Words { words, start } => bytemuck::cast_slice_mut(&mut words[*start..]),
             Self::Mapped(map) => map,
         }
     }
@@ -131,31 +135,39 @@ pub(super) fn reserved<T>(what: &'static str, len: u128) -> Result<Vec<T>> {
 
 /// Fills `dst` with the rows `from ..` of `head`.
 pub(super) fn copy_rows(dst: &mut [u8], src: &Rows<'_, HostSlice<'_>>, head: usize, from: usize) {
-    let size = src.dtype().size();
-    let row = src.dim() * size;
-    let bytes = bytes_of(src.storage());
-    let mut rest = &mut *dst;
-    for run in src.runs(head, from, from + rest.len() / row) {
-        let (now, later) = rest.split_at_mut(run.rows * row);
+    let rows = from..from + dst.len() / (src.dim() * src.dtype().size());
+    let mut rest = dst;
+    for bytes in stretches(src, head, rows) {
+        let (now, later) = rest.split_at_mut(bytes.len());
+        now.copy_from_slice(bytes);
         rest = later;
-        if run.stride == src.dim() {
-            now.copy_from_slice(&bytes[run.start * size..][..now.len()]);
-        } else {
-            for (i, out) in now.chunks_exact_mut(row).enumerate() {
-                out.copy_from_slice(&bytes[(run.start + i * run.stride) * size..][..row]);
-            }
-        }
     }
+}
+
+/// Rows of a head, as far as they lie one after the other.
+pub(super) fn stretches<'s>(
+    src: &'s Rows<'_, HostSlice<'s>>,
+    head: usize,
+    rows: Range<usize>,
+) -> impl Iterator<Item = &'s [u8]> {
+    let size = src.dtype().size();
+    let (bytes, dim) = (bytes_of(src.storage()), src.dim());
+    src.runs(head, rows.start, rows.end).flat_map(move |run| {
+        let (pieces, rows) = if run.stride == dim { (1, run.rows) } else { (run.rows, 1) };
+        (0..pieces).map(move |i| &bytes[(run.start + i * run.stride) * size..][..rows * dim * size])
+    })
 }
 
 /// Asks for a row that is copied soon.
 pub(super) fn prefetch_row(src: &Rows<'_, HostSlice<'_>>, head: usize, slot: usize) {
-    const LINE: usize = 64;
     let size = src.dtype().size();
     let start = src.start(head, slot) * size;
-    for at in (0..src.dim() * size).step_by(LINE) {
-        prefetch(bytes_of(src.storage()), start + at);
-    }
+    prefetch_all(bytes_of(src.storage()), start..start + src.dim() * size);
+}
+
+/// Asks for bytes that are copied soon.
+pub(super) fn prefetch_all(bytes: &[u8], range: Range<usize>) {
+    range.step_by(LINE).for_each(|at| prefetch(bytes, at));
 }
 
 fn bytes_of(slice: HostSlice<'_>) -> &[u8] {
@@ -182,7 +194,7 @@ mod tests {
             assert!(matches!(buffer.storage(), HostSlice::F32(x) if x == vec![one; rows as usize]));
             // Half as large, it fits where it is; twice as large, it does not.
             assert!(buffer.grown((Dtype::BF16, 1, rows)).unwrap().is_none());
-            assert!(buffer.grown((Dtype::F32, 2, rows + 1)).unwrap().is_some());
+            assert!(buffer.grown((Dtype::F32, 2, rows + LINE as u64)).unwrap().is_some());
         }
     }
 

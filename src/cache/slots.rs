@@ -2,8 +2,8 @@
 //!
 //! Flat and paged caches differ in where a slot's row lies, and in nothing that is written here.
 
-use super::buffer::reserved;
-use crate::backend::cpu::HostSlice;
+use super::buffer::{prefetch_all, reserved};
+use crate::backend::cpu::{HostSlice, Streamed};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::geometry::MAX_LEN;
@@ -223,7 +223,18 @@ pub(crate) struct Move {
     pub(crate) rows: usize,
 }
 
+/// Moves with the start of those that come so much later that their rows should be asked for: what is kept lies too far apart for
+/// the machine to foresee. Within a long move it does.
+pub(super) fn with_next(moves: Moves<'_>) -> impl Iterator<Item = (Move, Option<Move>)> {
+    const AHEAD: usize = 8;
+    const ROWS: usize = 8;
+    let later = moves.clone().skip(AHEAD);
+    let mut later = later.map(|m| Move { rows: m.rows.min(ROWS), ..m });
+    moves.map(move |m| (m, later.next()))
+}
+
 /// Longest possible [`Move`]s, ascending.
+#[derive(Clone)]
 pub(crate) struct Moves<'a> {
     held: Held<'a>,
     kept: &'a [Position],
@@ -255,13 +266,18 @@ pub(super) fn slide(
     moves: Moves<'_>,
     at: impl Fn(usize) -> (usize, usize),
 ) {
-    for m in moves.skip_while(|m| m.from == m.to) {
+    let mut bytes = Streamed::new(bytes);
+    for (m, next) in with_next(moves).skip_while(|(m, _)| m.from == m.to) {
+        if let Some(next) = next {
+            let start = at(next.from).0 * row;
+            prefetch_all(bytes.bytes(), start..start + row * next.rows);
+        }
         let mut done = 0;
         while done < m.rows {
             let (from, source_piece) = at(m.from + done);
             let (to, piece) = at(m.to + done);
             let rows = (m.rows - done).min(source_piece).min(piece);
-            bytes.copy_within(from * row..(from + rows) * row, to * row);
+            bytes.slide(from * row..(from + rows) * row, to * row);
             done += rows;
         }
     }

@@ -4,9 +4,9 @@
 
 use rayon::prelude::*;
 
-use super::buffer::{copy_rows, prefetch_row};
-use super::slots::{Held, Slots, expect};
-use crate::backend::cpu::{HostLayer, HostSlice};
+use super::buffer::{prefetch_row, stretches};
+use super::slots::{Held, Slots, expect, with_next};
+use crate::backend::cpu::{HostLayer, HostSlice, Streamed};
 use crate::error::Result;
 use crate::ids::Position;
 use crate::ragged::Ragged;
@@ -14,8 +14,6 @@ use crate::view::Rows;
 
 /// Bytes that a thread copies at a time: enough to forget the scheduling, few enough to share out evenly.
 const PIECE_BYTES: usize = 256 << 10;
-/// Rows that are asked for before they are copied: what is kept lies too far apart for the machine to foresee.
-const AHEAD: usize = 16;
 
 /// A layer and what is kept of it. Kept positions ascend and are held.
 pub(super) struct Source<'a> {
@@ -62,15 +60,19 @@ impl<'a> Source<'a> {
     fn fill(&self, piece: Piece<'_>, src: &Rows<'_, HostSlice<'_>>) {
         let Piece { head, first, bytes } = piece;
         let row = src.dim() * src.dtype().size();
-        let end = first + bytes.len() / row;
-        for m in self.held[head].moves(self.kept[head], first, end) {
-            if let (Held::Dense(_), Some(next)) =
-                (self.held[head], self.kept[head].get(m.to + AHEAD))
-            {
-                prefetch_row(src, head, next.index());
+        let moves = self.held[head].moves(self.kept[head], first, first + bytes.len() / row);
+        let mut out = Streamed::new(bytes);
+        for (m, next) in with_next(moves) {
+            if let Some(next) = next {
+                for slot in next.from..next.from + next.rows {
+                    prefetch_row(src, head, slot);
+                }
             }
-            let at = (m.to - first) * row;
-            copy_rows(&mut bytes[at..at + m.rows * row], src, head, m.from);
+            let mut at = (m.to - first) * row;
+            for bytes in stretches(src, head, m.from..m.from + m.rows) {
+                out.write(at, bytes);
+                at += bytes.len();
+            }
         }
     }
 }

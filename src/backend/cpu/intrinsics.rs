@@ -1,7 +1,9 @@
-//! What loops do not become: shuffles that fold, compress or convert vectors, and prefetch.
+//! What loops do not become: shuffles that fold, compress or convert vectors, prefetch, and stores that go past the caches.
 //!
 //! Each has a portable form, which gives the same bits. `unsafe` because intrinsics of instructions may only be reached
 //! where the machine has them; benches/README.md has what they gain.
+
+use std::ops::Range;
 
 use half::f16;
 
@@ -67,21 +69,94 @@ fn folds_avx512(x: &[[f32; 16]; 16], out: &mut [f32; 16]) {
     }
 }
 
-/// Asks for the cache line of a byte that is read soon; one beyond the end may be another operand's, or nothing's.
+/// Asks for the cache line of a byte that is read soon; one beyond the end may be another operand's, or nothing's. It is brought to
+/// L2, which waits for more lines at a time than L1 does.
 #[inline(always)]
 pub(crate) fn prefetch(bytes: &[u8], at: usize) {
     #[cfg(target_arch = "x86_64")]
     {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         let address = bytes.as_ptr().wrapping_add(at);
         #[allow(unsafe_code, reason = "measured: see benches/README.md")]
         // SAFETY: a hint that reads nothing, at any address.
         unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(address.cast());
+            _mm_prefetch::<_MM_HINT_T1>(address.cast());
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (bytes, at);
+}
+
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
+
+/// Memory that is written and not read soon: whole vectors go past the caches, which saves reading the lines that they fill.
+pub(crate) struct Streamed<'b>(&'b mut [u8]);
+
+impl<'b> Streamed<'b> {
+    pub(crate) fn new(bytes: &'b mut [u8]) -> Self {
+        Self(bytes)
+    }
+
+    /// Fills the bytes from `at` on.
+    pub(crate) fn write(&mut self, at: usize, from: &[u8]) {
+        stream(from, &mut self.0[at..at + from.len()]);
+    }
+
+    /// Moves bytes to other places of the same memory.
+    pub(crate) fn slide(&mut self, from: Range<usize>, to: usize) {
+        match self.0.get_disjoint_mut([from.clone(), to..to + from.len()]) {
+            Ok([from, to]) => stream(from, to),
+            // They overlap.
+            Err(_) => self.0.copy_within(from, to),
+        }
+    }
+
+    /// As it is.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.0
+    }
+}
+
+/// Copies; what is written may be there for this thread only, before a fence. Half a line at a time would be no faster than stores.
+#[inline(always)]
+fn stream(from: &[u8], to: &mut [u8]) {
+    #[cfg(target_arch = "x86_64")]
+    if to.as_ptr().addr().is_multiple_of(LINE)
+        && to.len().is_multiple_of(LINE)
+        && std::arch::is_x86_feature_detected!("avx512f")
+    {
+        #[allow(unsafe_code, reason = "measured: see benches/README.md")]
+        // SAFETY: the feature was detected on the line above, whole lines before; the fence is in `drop`, before which
+        // nobody else has the memory.
+        return unsafe { stream_avx512(from.as_chunks().0, to.as_chunks_mut().0) };
+    }
+    to.copy_from_slice(from);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code, reason = "measured: see benches/README.md")]
+#[target_feature(enable = "avx512f")]
+// SAFETY: asks for lines at lines' places to write to.
+unsafe fn stream_avx512(from: &[[u8; LINE]], to: &mut [[u8; LINE]]) {
+    use std::arch::x86_64::{_mm512_loadu_si512, _mm512_stream_si512};
+    for (from, to) in from.iter().zip(to) {
+        // SAFETY: a line each, the second aligned as asked for.
+        unsafe {
+            _mm512_stream_si512(to.as_mut_ptr().cast(), _mm512_loadu_si512(from.as_ptr().cast()))
+        };
+    }
+}
+
+impl Drop for Streamed<'_> {
+    fn drop(&mut self) {
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code, reason = "measured: see benches/README.md")]
+        // SAFETY: every such machine has the instruction.
+        unsafe {
+            std::arch::x86_64::_mm_sfence();
+        }
+    }
 }
 
 /// Widens f16 elements.

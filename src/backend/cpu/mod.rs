@@ -37,7 +37,7 @@ use crate::ragged::Ragged;
 use crate::view::{LayerView, Storage};
 use tile::Aligned;
 
-pub(crate) use intrinsics::prefetch;
+pub(crate) use intrinsics::{LINE, Streamed, prefetch};
 pub use isa::Isa;
 
 /// Borrowed elements on the host.

@@ -132,11 +132,10 @@ impl<'a> Next<'a> {
 
     #[inline(always)]
     pub(super) fn ask(&self, row: usize, chunk: usize) {
-        const LINE: usize = 64;
         let at = self.starts[row] + chunk * self.chunk;
         intrinsics::prefetch(self.bytes, at);
-        if self.chunk > LINE {
-            intrinsics::prefetch(self.bytes, at + LINE);
+        if self.chunk > intrinsics::LINE {
+            intrinsics::prefetch(self.bytes, at + intrinsics::LINE);
         }
     }
 }
