@@ -4,7 +4,7 @@ mod bits;
 mod cache;
 mod device;
 mod errors;
-mod guikv;
+mod informed;
 mod launched;
 mod mutants;
 mod planner;
