@@ -320,7 +320,11 @@ impl Unit {
             let c = &mut c[m * BLOCK * pitch..];
             match self.0 {
                 With::Tiles => by_tiles(a, columns, m, block..blocks, c, pitch),
-                With::Dots => by_dots(a, columns, m, c, pitch),
+                With::Dots => {
+                    let bytes = bytemuck::cast_slice(a.elements);
+                    next_lines(a, m, block..blocks).for_each(|at| intrinsics::prefetch(bytes, at));
+                    by_dots(a, columns, m, c, pitch);
+                }
             }
         }
     }
@@ -339,15 +343,12 @@ fn by_tiles(
     let plane = a.rows * a.steps * STEP;
     let pairs = plane_pairs(a.planes, columns.len() / (a.steps * BLOCK));
     let first = m * BLOCK * a.steps * STEP;
-    // Loads of tiles are not foreseen by the machine: with each step, a share of the rows of the next operand.
-    let ahead = bytes.len() + first * size_of::<bf16>();
-    let mut lines = (turn.start..BLOCK * a.steps).step_by(turn.end);
+    // With each step, a share of the rows of the next operand.
+    let mut lines = next_lines(a, m, turn.clone());
     tiles::zero();
     for step in 0..a.steps {
-        if a.in_place {
-            for line in lines.by_ref().take(BLOCK.div_ceil(turn.end)) {
-                intrinsics::prefetch(bytes, ahead + line * size_of::<Line>());
-            }
+        for at in lines.by_ref().take(BLOCK.div_ceil(turn.end)) {
+            intrinsics::prefetch(bytes, at);
         }
         let (mut left, mut right) = (None, None);
         for &(p, q) in pairs {
@@ -363,6 +364,15 @@ fn by_tiles(
         }
     }
     tiles::store(c, pitch);
+}
+
+/// Bytes, of the left operand on, at which lines start that may be the next one's: of its `m`-th block of rows, those whose turn it is.
+/// The machine does not foresee loads of tiles, nor those of several rows at once.
+fn next_lines(a: &Left<'_>, m: usize, turn: Range<usize>) -> impl Iterator<Item = usize> {
+    let block = BLOCK * a.steps;
+    let first = size_of_val(a.elements) + m * block * size_of::<Line>();
+    let lines = if a.in_place { turn.start..block } else { 0..0 };
+    lines.step_by(turn.end).map(move |line| first + line * size_of::<Line>())
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -89,10 +89,10 @@ fn score(
     means: Option<Vec<&mut [f32]>>,
 ) {
     let kept: Vec<Vec<Queries>> = heads.par_iter().map(|head| head.kept(isa)).collect();
-    let room: Vec<Vec<usize>> = heads.iter().map(|head| head.kept_logits(isa)).collect();
-    let logits = logits.first(room.iter().flatten().sum());
-    let stats = row_stats(isa, heads, &kept, by_block(&room, logits));
-    let logits = by_block(&room, logits);
+    let room: Vec<Vec<Room>> = heads.iter().map(|head| head.kept_logits(isa)).collect();
+    let logits = logits.first(room.iter().flatten().map(|r| r.panels * r.each).sum());
+    let stats = row_stats(isa, heads, &kept, split(&room, logits));
+    let logits = split(&room, logits);
     let factors: Vec<Vec<Vec<Factors>>> =
         heads.iter().zip(&stats).map(|(head, stats)| head.factors(stats)).collect();
     let mut means = means.into_iter().flatten();
@@ -117,10 +117,21 @@ fn score(
     });
 }
 
-/// The part of each block of each head.
-fn by_block<'a>(room: &[Vec<usize>], mut logits: &'a mut [f32]) -> Vec<Vec<&'a mut [f32]>> {
-    let mut part = |&n: &usize| logits.split_off_mut(..n).unwrap_or_default();
-    room.iter().map(|blocks| blocks.iter().map(&mut part).collect()).collect()
+/// Logits of a block of queries: panel after panel, in each slot after slot.
+struct Room {
+    panels: usize,
+    each: usize,
+}
+
+/// Kept logits of each panel of a block.
+type Kept<'a> = Vec<&'a mut [f32]>;
+
+/// The parts of each block of each head.
+fn split<'a>(room: &[Vec<Room>], mut logits: &'a mut [f32]) -> Vec<Vec<Kept<'a>>> {
+    let mut of = |room: &Room| -> Kept<'a> {
+        (0..room.panels).filter_map(|_| logits.split_off_mut(..room.each)).collect()
+    };
+    room.iter().map(|blocks| blocks.iter().map(&mut of).collect()).collect()
 }
 
 /// One segment: what of it is scored, by which queries.
@@ -199,13 +210,17 @@ impl<'a> Head<'a> {
 
     /// Logits of each block, those of padding included, if they are kept: where products cost more than memory, and not
     /// those of long windows. Depends on the head alone, as results may.
-    fn kept_logits(&self, isa: Isa) -> Vec<usize> {
+    fn kept_logits(&self, isa: Isa) -> Vec<Room> {
         let last = self.blocks().last();
         let seen = last.map_or(0, |block| self.visible(block.end - 1));
         let slots = seen.next_multiple_of(pairs::BLOCK);
-        let of = |block| slots * queries::Shape::new(self, &block).width;
-        let blocks: Vec<usize> = self.blocks().map(of).collect();
-        let bytes = blocks.iter().sum::<usize>() * size_of::<f32>();
+        let of = |block| {
+            let shape = queries::Shape::new(self, &block);
+            let panel = queries::panel(isa, self, shape);
+            Room { panels: shape.width / panel, each: slots * panel }
+        };
+        let blocks: Vec<Room> = self.blocks().map(of).collect();
+        let bytes = blocks.iter().map(|r| r.panels * r.each).sum::<usize>() * size_of::<f32>();
         let keep = self.two_passes()
             && bytes <= KEPT_LOGITS * self.bytes()
             && Queries::worth_keeping(isa, self);

@@ -20,6 +20,8 @@ pub(super) struct Queries {
     /// With which instructions pairs are multiplied, if at all.
     by: Option<Isa>,
     pub(super) shape: Shape,
+    /// Rows that are multiplied at once.
+    pub(super) panel: usize,
 }
 
 /// Rows, padding included.
@@ -52,11 +54,20 @@ pub(super) fn tile(isa: Isa, head: &Head<'_>) -> usize {
     }
 }
 
+/// Rows of a block that are multiplied at once.
+pub(super) fn panel(isa: Isa, head: &Head<'_>, shape: Shape) -> usize {
+    match pairs::suit(isa, head.layer.k().dtype(), head.q.dtype()) {
+        true => pairs::BLOCK,
+        false => shape.width,
+    }
+}
+
 impl Queries {
     /// Queries of a block.
     pub(super) fn load(&mut self, isa: Isa, head: &Head<'_>, block: Range<usize>) {
         let (dim, len) = (head.q.dim(), block.len());
         self.shape = Shape::new(head, &block);
+        self.panel = panel(isa, head, self.shape);
         self.rows.clear();
         self.rows.resize(self.shape.width * dim, 0.0);
         for g in 0..head.group {
@@ -91,14 +102,9 @@ impl Queries {
         isa < Isa::Amx || head.layer.k().dtype() != Dtype::BF16 || head.q.dtype() != Dtype::BF16
     }
 
-    /// Rows that are multiplied at once.
-    fn panel(&self) -> usize {
-        if self.by.is_some() { pairs::BLOCK } else { self.shape.width }
-    }
-
     /// Panels of rows, by their blocks of lanes.
     pub(super) fn panels(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        let (all, panel) = (self.shape.width / LANES, self.panel() / LANES);
+        let (all, panel) = (self.shape.width / LANES, self.panel / LANES);
         (0..all).step_by(panel).map(move |first| first..first + panel)
     }
 
@@ -132,7 +138,7 @@ impl Product {
         (self.split, self.widened) = (None, false);
     }
 
-    /// `q · k` of a panel of queries and the current slots of its head, among those `to` keep if there are such.
+    /// `q · k` of a panel of queries and the current slots of its head, in `to` if they are kept.
     pub(super) fn multiply<'a>(
         &'a mut self,
         head: &Head<'_>,
@@ -141,18 +147,14 @@ impl Product {
         slots: Range<usize>,
         to: Option<&'a mut [f32]>,
     ) -> Logits<'a> {
-        let (dim, keys, width) = (head.q.dim(), head.layer.k(), queries.panel());
+        let (dim, keys, pitch) = (head.q.dim(), head.layer.k(), queries.panel);
         let Self { unit, packed, keys: widened, split, widened: ready, logits } = self;
-        let (first, pitch, products) = match to {
-            Some(kept) => (panel.start, queries.shape.width, kept),
-            None => (0, width, logits.first(slots.len().next_multiple_of(pairs::BLOCK) * width)),
-        };
-        let len = slots.len() * pitch;
-        let c = &mut products[first * LANES..];
+        let padded = slots.len().next_multiple_of(pairs::BLOCK) * pitch;
+        let c = to.unwrap_or_else(|| logits.first(padded));
         let mut by_unit = false;
         if let Some(isa) = queries.by {
             let unit = unit.get_or_insert_with(|| Unit::open(isa));
-            let block = panel.start * LANES / width;
+            let block = panel.start * LANES / pitch;
             if let Some(left) = Left::in_place(keys, head.head, slots.clone()) {
                 unit.multiply(&left, &queries.packed, block, c, pitch);
                 by_unit = true;
@@ -170,7 +172,7 @@ impl Product {
             let rows = &queries.rows[panel.start * LANES * dim..panel.end * LANES * dim];
             tile::matmul_nt_to(dim, widened, rows, c, pitch);
         }
-        Logits { products: &products[..len], pitch, first }
+        Logits { products: &c[..slots.len() * pitch], pitch }
     }
 }
 
@@ -179,15 +181,13 @@ impl Product {
 pub(super) struct Logits<'a> {
     pub(super) products: &'a [f32],
     pub(super) pitch: usize,
-    /// The first block of lanes.
-    pub(super) first: usize,
 }
 
 impl<'a> Logits<'a> {
     /// A block of lanes of a slot.
     #[inline(always)]
     pub(super) fn at(&self, slot: usize, block: usize) -> &'a Lanes {
-        &self.products[slot * self.pitch..][..self.pitch].as_chunks().0[self.first + block]
+        &self.products[slot * self.pitch..][..self.pitch].as_chunks().0[block]
     }
 
     #[inline(always)]

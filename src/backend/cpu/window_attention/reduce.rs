@@ -9,7 +9,7 @@ use super::super::isa::{Arithmetic, Isa, Kernel, LANES, Lanes, exp2};
 use super::super::tile::{self, Aligned, max2};
 use super::queries::{Logits, Queries, tile};
 use super::stats::Stat;
-use super::{Head, Scratch};
+use super::{Head, Kept, Scratch};
 use crate::backend::ops::Reduce;
 
 /// What makes probabilities of the logits of some rows.
@@ -47,7 +47,7 @@ pub(super) struct Chunk<'a> {
     pub(super) kept: &'a [Queries],
     pub(super) factors: &'a [Vec<Factors>],
     /// Logits that pass 1 has kept, by block; none if it has not.
-    pub(super) logits: &'a [&'a mut [f32]],
+    pub(super) logits: &'a [Kept<'a>],
     pub(super) start: usize,
 }
 
@@ -109,12 +109,12 @@ impl Chunk<'_> {
                 continue;
             }
             let queries = Queries::of(self.kept.get(b), queries, self.isa, head, block);
-            for panel in queries.panels() {
+            for (p, panel) in queries.panels().enumerate() {
                 let logits = match self.logits.get(b) {
                     Some(kept) => {
-                        let pitch = queries.shape.width;
-                        let products = &kept[slots.start * pitch..slots.end * pitch];
-                        Logits { products, pitch, first: panel.start }
+                        let pitch = queries.panel;
+                        let products = &kept[p][slots.start * pitch..slots.end * pitch];
+                        Logits { products, pitch }
                     }
                     None => product.multiply(head, queries, &panel, slots.clone(), None),
                 };

@@ -10,8 +10,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::super::isa::{Arithmetic, Isa, Kernel, LANES, Lanes, exp2, greater};
-use super::queries::{Logits, Product, Queries, Shape, tile};
-use super::{Head, Scratch};
+use super::queries::{Logits, Product, Queries, Shape, panel, tile};
+use super::{Head, Kept, Scratch};
 
 /// Slots that a task gets at least, and pieces that a block's slots are cut into at most.
 const PIECE: usize = 1024;
@@ -107,7 +107,7 @@ pub(super) fn row_stats(
     isa: Isa,
     heads: &[Head<'_>],
     kept: &[Vec<Queries>],
-    mut logits: Vec<Vec<&mut [f32]>>,
+    mut logits: Vec<Vec<Kept<'_>>>,
 ) -> Vec<Vec<Vec<Stat>>> {
     let mut tasks = Vec::new();
     for (i, head) in heads.iter().enumerate() {
@@ -119,18 +119,14 @@ pub(super) fn row_stats(
             let seen = head.visible(block.end - 1);
             // Rows older than all that the head still holds see nothing.
             let piece = seen.div_ceil(pieces).next_multiple_of(PIECE).max(PIECE);
-            let width = Shape::new(head, &block).width;
-            let mut to = logits[i].get_mut(b).map(std::mem::take);
+            let panel = panel(isa, head, Shape::new(head, &block));
+            let mut to = logits[i].get_mut(b).map(std::mem::take).unwrap_or_default();
             for start in (0..seen).step_by(piece) {
                 let slots = start..seen.min(start + piece);
-                let part;
-                (part, to) = match to {
-                    Some(to) if slots.end < seen => {
-                        let (now, later) = to.split_at_mut(slots.len() * width);
-                        (Some(now), Some(later))
-                    }
-                    last => (last, None),
-                };
+                // The last has the padding.
+                let len = if slots.end < seen { slots.len() * panel } else { usize::MAX };
+                let parts = to.iter_mut().filter_map(|to| to.split_off_mut(..len.min(to.len())));
+                let part: Kept<'_> = parts.collect();
                 tasks.push((i, b, block.clone(), slots, part));
             }
         }
@@ -195,7 +191,7 @@ impl Head<'_> {
         kept: Option<&Queries>,
         block: Range<usize>,
         slots: Range<usize>,
-        to: Option<&mut [f32]>,
+        to: Kept<'_>,
     ) -> Vec<Stat> {
         let Scratch { queries, product, .. } = scratch;
         let queries = Queries::of(kept, queries, isa, self, block.clone());
@@ -217,8 +213,8 @@ struct Sums<'a> {
     /// Slots that each row sees.
     limits: &'a [[u32; LANES]],
     stats: &'a mut [Stat],
-    /// Where logits are kept, from the first slot on.
-    to: Option<&'a mut [f32]>,
+    /// Where logits are kept, from the first slot on; nowhere, if empty.
+    to: Kept<'a>,
 }
 
 impl Kernel for Sums<'_> {
@@ -235,8 +231,8 @@ impl Kernel for Sums<'_> {
             // Whether all slots are scored and as often in pooling windows as any.
             let inner = slots.start >= radius && slots.end + radius <= scored;
             product.turn();
-            for panel in queries.panels() {
-                let to = to.as_mut().map(|to| &mut to[(start - all.start) * queries.shape.width..]);
+            for (p, panel) in queries.panels().enumerate() {
+                let to = to.get_mut(p).map(|to| &mut to[(start - all.start) * queries.panel..]);
                 let logits = product.multiply(head, queries, &panel, slots.clone(), to);
                 let rows = stats[panel.clone()].iter_mut().zip(&limits[panel.clone()]);
                 for (block, (stat, limits)) in rows.enumerate() {
