@@ -7,7 +7,7 @@ use kvbudget_candle::qwen3::Qwen3;
 
 use crate::model::MASK;
 
-/// Logits of the masks before each step of the dense model, and the row and token that it then wrote.
+/// Logits of the masks in each step of the dense model, and the row and token that it then wrote.
 pub struct Dense {
     prompt: Vec<u32>,
     steps: Vec<(Tensor, (u32, u32))>,
@@ -17,8 +17,6 @@ pub struct Dense {
 pub struct Followed {
     /// `‖logits - dense‖ / ‖dense‖` of the steps that did not refresh the prompt.
     pub errors: Vec<f64>,
-    /// In how many of these it was surest of the same row and token.
-    pub same: usize,
     /// Rows of prompt and response that went through a layer, the mean over all steps and layers.
     pub rows: f64,
 }
@@ -51,7 +49,7 @@ impl Dense {
 
     pub fn follow(&self, model: &Qwen3, options: Options) -> Result<Followed> {
         let mut denoiser = Denoiser::new(model, options, &self.prompt, self.steps.len())?;
-        let (mut errors, mut same, mut rows) = (Vec::new(), 0, 0.0);
+        let (mut errors, mut rows) = (Vec::new(), 0.0);
         for (dense, written) in &self.steps {
             let step = denoiser.step()?;
             let prompt = if step.refresh.prompt { self.prompt.len() } else { 0 };
@@ -59,11 +57,10 @@ impl Dense {
             rows += prompt as f64 + response as f64 / step.computed.len() as f64;
             if !step.refresh.prompt {
                 errors.push(norm(&(&step.logits - dense)?)? / norm(dense)?);
-                same += usize::from(denoiser.surest(&step, 1)?[0] == *written);
             }
             denoiser.write(written.0, written.1)?;
         }
-        Ok(Followed { errors, same, rows: rows / self.steps.len() as f64 })
+        Ok(Followed { errors, rows: rows / self.steps.len() as f64 })
     }
 }
 

@@ -25,7 +25,7 @@ const CONFIG: Config = Config {
 };
 /// Deviation of the attention's logits: at 1, as plain random weights have it, queries look everywhere alike and it hardly
 /// matters what is evicted. At 4 a query gives half of its attention to a few tokens, as trained models do.
-const SHARPNESS: f64 = 4.0;
+const SHARPNESS: f64 = 3.0;
 
 /// A model of `layers` layers.
 pub fn model(seed: u64, layers: usize) -> Result<Qwen3> {
