@@ -52,7 +52,8 @@
 //!   your own is one `impl`.
 //! * [`Planner`] takes layers one by one, for one sequence or many, and may evict as they come ([`Planner::cascade`]).
 //! * [`BlockPrefill`] reads a prompt block by block within the budget and one block, for engines that speak [`engine`]'s contract.
-//! * [`cache`] holds what is left, flat or in pages; [`backend::Backend::attend`] attends over it; [`Trigger`] says when to compress again.
+//! * [`cache`] holds what is left, flat or in pages; [`backend::Backend::attend`] attends over it; [`Trigger`] says when to compress again, [`RefreshPolicy`] when a
+//!   diffusion decoder computes it again.
 //! * [`backend`] is the seam for devices: the CPU, and with feature `cuda` NVIDIA GPUs.
 //!
 //! Features: `cuda` (the CUDA backend; builds without nvcc and without a GPU), `serde` (plans, reports and policies can be
@@ -77,6 +78,7 @@ mod preset;
 pub mod profile;
 mod ragged;
 mod reference;
+mod refresh;
 pub mod score;
 pub mod select;
 mod spans;
@@ -100,6 +102,7 @@ pub use preset::{INFORMED, PRESETS, preset, profiled};
 pub use profile::Profile;
 pub use ragged::Ragged;
 pub use reference::{Reference, reference};
+pub use refresh::{Refresh, RefreshPolicy};
 pub use spans::{Span, SpanKind, Spans};
 pub use trigger::Trigger;
 pub use view::{LayerView, Layout, Rows, Run, Storage};

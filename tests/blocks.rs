@@ -287,6 +287,29 @@ fn rows_are_rolled_back_and_caches_switched() {
     assert_eq!(manager.books(), &before);
 }
 
+/// A diffusion model computes everything again: nothing of the books before plays a part, and what was decoded since is known.
+#[test]
+fn a_refresh_is_a_switch_to_nothing_and_one_block() {
+    let (cpu, policy) = (Cpu::new(), preset("maskkv").unwrap().build::<Cpu>().unwrap());
+    let geometry = Engine::new(&[2, 2]).unwrap().geometry;
+    let spans = |text: &str| Books { spans: text.parse().unwrap(), ..Books::default() };
+    let first = spans("prompt:0..50,mask:50..60");
+    let later = spans("prompt:0..50,mask:50..52,decoded:52..53,mask:53..60");
+    let manager = |books: &Books| {
+        let budget = Budget::TokensPerHead(20);
+        BlockPrefill::new(&cpu, &policy, &geometry, budget, books.clone()).unwrap()
+    };
+    let read = |manager: &mut BlockPrefill<'_, Cpu>| {
+        Engine::new(&[2, 2]).unwrap().read(manager, 60).unwrap()
+    };
+    let mut refreshed = manager(&first);
+    read(&mut refreshed);
+    let before = refreshed.books().clone();
+    assert_eq!(refreshed.switch(later.clone()).unwrap(), before);
+    assert_eq!(read(&mut refreshed), read(&mut manager(&later)));
+    assert_eq!((refreshed.books().tokens, &refreshed.books().spans), (60, &later.spans));
+}
+
 #[test]
 fn events_out_of_order_are_refused() {
     let (cpu, policy) = (Cpu::new(), preset("knorm").unwrap().build::<Cpu>().unwrap());

@@ -12,6 +12,7 @@ pub mod capture;
 pub mod compressing;
 #[cfg(feature = "cuda")]
 pub mod device;
+pub mod diffusion;
 pub mod dump;
 mod elementwise;
 pub mod episodes;

@@ -30,7 +30,8 @@ pub struct Config {
     pub tied: bool,
 }
 
-struct Layer {
+/// One layer in steps, for those who do not run it as [`Qwen3::forward`] does: see [`diffusion`](crate::diffusion).
+pub(crate) struct Layer {
     attention_norm: Tensor,
     q_proj: Linear,
     k_proj: Linear,
@@ -42,7 +43,48 @@ struct Layer {
     gate: Linear,
     up: Linear,
     down: Linear,
+    eps: f32,
 }
+
+impl Layer {
+    /// Rows `[N, hidden]` of the residual stream, as attention's projections take them.
+    pub(crate) fn normed(&self, x: &Tensor) -> Result<Tensor> {
+        rms_norm(x, &self.attention_norm, self.eps)
+    }
+
+    /// Queries `[N, Hq, D]` and keys `[N, H, D]` of normed rows, turned to their positions.
+    pub(crate) fn queries_and_keys(&self, normed: &Tensor, at: &Turns) -> Result<(Tensor, Tensor)> {
+        let turned = |projection: &Linear, norm: &Tensor| {
+            let x = rms_norm(&self.heads(projection.forward(normed)?)?, norm, self.eps)?;
+            rope(&x.unsqueeze(2)?, &at.0, &at.1)?.squeeze(2)
+        };
+        Ok((turned(&self.q_proj, &self.q_norm)?, turned(&self.k_proj, &self.k_norm)?))
+    }
+
+    /// Values `[N, H, D]` of normed rows.
+    pub(crate) fn values(&self, normed: &Tensor) -> Result<Tensor> {
+        self.heads(self.v_proj.forward(normed)?)
+    }
+
+    /// What attention adds to the residual stream, of heads `[N, Hq, D]` that have attended.
+    pub(crate) fn attention(&self, attended: &Tensor) -> Result<Tensor> {
+        self.o_proj.forward(&attended.flatten_from(1)?)
+    }
+
+    /// What the MLP adds to rows `[N, hidden]`.
+    pub(crate) fn mlp(&self, x: &Tensor) -> Result<Tensor> {
+        let normed = rms_norm(x, &self.mlp_norm, self.eps)?;
+        self.down.forward(&(silu(&self.gate.forward(&normed)?)? * self.up.forward(&normed)?)?)
+    }
+
+    fn heads(&self, x: Tensor) -> Result<Tensor> {
+        let (rows, dim) = (x.dim(0)?, self.q_norm.dim(0)?);
+        x.reshape((rows, (), dim))
+    }
+}
+
+/// Cosines and sines of rows' positions.
+pub(crate) type Turns = (Tensor, Tensor);
 
 /// A Qwen3 on the CPU.
 pub struct Qwen3 {
@@ -82,6 +124,7 @@ impl Qwen3 {
                 gate: linear_no_bias(hidden, config.mlp, mlp.pp("gate_proj"))?,
                 up: linear_no_bias(hidden, config.mlp, mlp.pp("up_proj"))?,
                 down: linear_no_bias(config.mlp, hidden, mlp.pp("down_proj"))?,
+                eps: config.rms_eps as f32,
             });
         }
         let embedding = vb.get((config.vocabulary, hidden), "model.embed_tokens.weight")?;
@@ -116,32 +159,37 @@ impl Qwen3 {
         spans: &[Span],
         hook: &mut dyn AttentionHook,
     ) -> Result<Tensor> {
-        let Config { query_heads, kv_heads, head_dim, .. } = self.config;
-        let eps = self.config.rms_eps as f32;
-        let new = ids.len();
-        let (cos, sin) = self.rope.at(new, spans)?;
-        let heads = |x: Tensor, heads: usize| x.reshape((new, heads, head_dim));
-        let turn = |x: Tensor, norm: &Tensor| {
-            let x = rms_norm(&x, norm, eps)?.unsqueeze(2)?;
-            rope(&x, &cos, &sin)?.squeeze(2)
-        };
-        let ids = Tensor::new(ids, self.embedding.device())?;
-        let mut x = self.embedding.embedding(&ids)?;
+        let turns = self.turns(ids.len(), spans)?;
+        let mut x = self.embed(ids)?;
         for (index, layer) in self.layers.iter().enumerate() {
             hook.hidden(index, &x, spans)?;
-            let normed = rms_norm(&x, &layer.attention_norm, eps)?;
-            let q = turn(heads(layer.q_proj.forward(&normed)?, query_heads)?, &layer.q_norm)?;
-            let k = turn(heads(layer.k_proj.forward(&normed)?, kv_heads)?, &layer.k_norm)?;
-            let v = heads(layer.v_proj.forward(&normed)?, kv_heads)?;
-            let attended = hook.attend(index, &q, &k, &v, spans)?;
-            let attended = attended.reshape((new, query_heads * head_dim))?;
-            x = (x + layer.o_proj.forward(&attended)?)?;
-
-            let normed = rms_norm(&x, &layer.mlp_norm, eps)?;
-            let gated = (silu(&layer.gate.forward(&normed)?)? * layer.up.forward(&normed)?)?;
-            x = (x + layer.down.forward(&gated)?)?;
+            let normed = layer.normed(&x)?;
+            let (q, k) = layer.queries_and_keys(&normed, &turns)?;
+            let attended = hook.attend(index, &q, &k, &layer.values(&normed)?, spans)?;
+            x = (x + layer.attention(&attended)?)?;
+            x = (&x + layer.mlp(&x)?)?;
         }
-        rms_norm(&x, &self.output_norm, eps)
+        self.finish(&x)
+    }
+
+    /// The layers, in order.
+    pub(crate) fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// Rows `[N, hidden]` that enter the first layer.
+    pub(crate) fn embed(&self, ids: &[u32]) -> Result<Tensor> {
+        self.embedding.embedding(&Tensor::new(ids, self.embedding.device())?)
+    }
+
+    /// What turns the queries and keys of the spans' `new` tokens.
+    pub(crate) fn turns(&self, new: usize, spans: &[Span]) -> Result<Turns> {
+        self.rope.at(new, spans)
+    }
+
+    /// Hidden states as [`logits`](Self::logits) takes them, of rows that leave the last layer.
+    pub(crate) fn finish(&self, x: &Tensor) -> Result<Tensor> {
+        rms_norm(x, &self.output_norm, self.config.rms_eps as f32)
     }
 
     /// Logits `[N, vocabulary]` of hidden states `[N, hidden]`.
