@@ -160,15 +160,6 @@ extern "C" __global__ void __launch_bounds__(128)
     *mine = make_float4(sums.x, inverse, pooled, 0.0f);
 }
 
-// Reduces four values of each lane over the eight lanes with the same lane % 4. Lane l gets value l / 16 * 2 + l / 8 % 2.
-template <class Op> __device__ inline float across_rows(const float (&p)[4]) {
-    bool upper = lane_id() & 16, odd = lane_id() & 8;
-    float x = Op::of(upper ? p[2] : p[0], __shfl_xor_sync(ALL_LANES, upper ? p[0] : p[2], 16));
-    float y = Op::of(upper ? p[3] : p[1], __shfl_xor_sync(ALL_LANES, upper ? p[1] : p[3], 16));
-    x = Op::of(odd ? y : x, __shfl_xor_sync(ALL_LANES, odd ? x : y, 8));
-    return Op::of(x, __shfl_xor_sync(ALL_LANES, x, 4));
-}
-
 // Probabilities of a warp's rows on the last 48 slots, to be pooled: 16 and twice a radius of at most 15. Rows start so that the eight rows and four columns
 // that lanes read at once lie in 32 banks.
 constexpr u32 COLUMNS = 3 * GROUP, POOL = ROWS * COLUMNS + ROWS / 2;

@@ -1,4 +1,4 @@
-// What the kernels of window_attention.cu and projection.cu are made of: which query rows a block has, what a row sees, and the product of
+// What the kernels of window_attention.cu, projection.cu and attention_spread.cu are made of: which query rows a block has, what a row sees, and the product of
 // 32 query rows with 16 keys while tiles of keys stream through shared memory.
 #pragma once
 #include "device.cuh"
@@ -231,6 +231,15 @@ template <u32 D> struct Queries<F32, D> {
     }
     __device__ static float scale(const Segment&) { return 1.0f; }
 };
+
+// Reduces four values of each lane over the eight lanes with the same lane % 4. Lane l gets value l / 16 * 2 + l / 8 % 2.
+template <class Op> __device__ inline float across_rows(const float (&p)[4]) {
+    bool upper = lane_id() & 16, odd = lane_id() & 8;
+    float x = Op::of(upper ? p[2] : p[0], __shfl_xor_sync(ALL_LANES, upper ? p[0] : p[2], 16));
+    float y = Op::of(upper ? p[3] : p[1], __shfl_xor_sync(ALL_LANES, upper ? p[1] : p[3], 16));
+    x = Op::of(odd ? y : x, __shfl_xor_sync(ALL_LANES, odd ? x : y, 8));
+    return Op::of(x, __shfl_xor_sync(ALL_LANES, x, 4));
+}
 
 // Multiplies the rows with the slots from `start` on, `tiles` tiles of KEYS, zeros from slot `end` on and before slot 0.
 // Calls `work(slot, group, c)` for each 16 of them, in all warps that have rows, and `done(slot)` after each tile, in all.

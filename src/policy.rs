@@ -233,7 +233,10 @@ impl<B: Backend> Policy<B> {
 
     /// Whether layers may be evicted before all are scored: see [`Planner::cascade`](crate::Planner::cascade).
     pub fn cascades(&self) -> bool {
-        self.config.two_stage.is_none() && self.config.reference.is_none()
+        let PolicyConfig { layers, heads, two_stage, reference, .. } = &self.config;
+        // Where budgets of layers shrink as more are seen, heads must keep fewer of the same slots.
+        let shrinks = matches!(layers, Layers::Preference(_));
+        two_stage.is_none() && reference.is_none() && (!shrinks || heads.nest())
     }
 
     /// The policy as data.
@@ -250,6 +253,7 @@ impl Parameters for Layers {
             Layers::Pyramid { beta } => all = vec![("beta", beta.to_string())],
             Layers::Boundary(boundary) => all = boundary.list(),
             Layers::Sensitivity(sensitivity) => all = sensitivity.list(),
+            Layers::Preference(preference) => all = preference.list(),
             Layers::Weights { layers } => weights = join(layers),
             Layers::Uniform | Layers::Global => {}
         }
@@ -272,6 +276,7 @@ impl Parameters for Layers {
             }
             (_, Layers::Boundary(boundary)) => return boundary.set(key, value),
             (_, Layers::Sensitivity(sensitivity)) => return sensitivity.set(key, value),
+            (_, Layers::Preference(preference)) => return preference.set(key, value),
             _ => return Ok(false),
         }
         Ok(true)

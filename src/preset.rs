@@ -4,14 +4,14 @@
 //! methods use W = 32 and, like SnapKV's and Ada-KV's experiments, max pooling over 7; DefensiveKV
 //! averages over 5, as its code does.
 
-use crate::allocate::{AdaForm, Boundary, Heads, Layers, Sensitivity};
+use crate::allocate::{AdaForm, Boundary, Heads, Layers, Preference, Sensitivity};
 use crate::backend::ops::Reduce;
 use crate::budget::Fraction;
 use crate::error::{Error, Result};
 use crate::policy::{PolicyConfig, TwoStage};
 use crate::profile::Profile;
 use crate::score::{
-    AnDPro, Defensive, GuiKv, H2o, KNorm, KeyDiff, LagKv, Probe, Random, Reach, Reconstruct,
+    AnDPro, Cake, Defensive, GuiKv, H2o, KNorm, KeyDiff, LagKv, Probe, Random, Reach, Reconstruct,
     ScorerConfig, SnapKv, Streaming, Tova,
 };
 use crate::select::{Align, Protect};
@@ -30,6 +30,7 @@ pub const PRESETS: &[&str] = &[
     "defensivekv",
     "layer-defensivekv",
     "andpro",
+    "cake",
     "tova",
     "knorm",
     "keydiff",
@@ -86,6 +87,14 @@ pub fn preset(name: &str) -> Result<PolicyConfig> {
                 heads: self::ada(0, 1),
                 align: Align { unit: 4, ..Align::default() },
                 ..plain(ScorerConfig::AnDPro(scorer))
+            }
+        }
+        "cake" => {
+            let scorer = Cake::default();
+            PolicyConfig {
+                protect: recent(scorer.window),
+                layers: Layers::Preference(Preference::default()),
+                ..plain(ScorerConfig::Cake(scorer))
             }
         }
         "tova" => PolicyConfig { protect: recent(1), ..plain(ScorerConfig::Tova(Tova {})) },

@@ -3,7 +3,9 @@
 //! Scores come from a scorer of the test's own, so that ties, NaN, infinities and empty stretches are common
 //! rather than lucky. The presets run on random tensors in `tests/presets.rs`.
 
-use kvbudget::allocate::{AdaForm, Boundary, Claim, Heads, Layers, Sensitivity, apportion};
+use kvbudget::allocate::{
+    AdaForm, Boundary, Claim, Heads, Layers, Preference, Sensitivity, apportion, highest_averages,
+};
 use kvbudget::backend::Backend;
 use kvbudget::backend::cpu::{Cpu, HostLayer, HostSlice};
 use kvbudget::plan::{CheckError, Promise};
@@ -18,8 +20,8 @@ use std::sync::Arc;
 
 const DIM: u32 = 2;
 
-/// Scores decided by the test: `[layer][head][slot]`.
-struct Fixed(Vec<Vec<Vec<f32>>>);
+/// Scores decided by the test, `[layer][head][slot]`, and the spread of each layer's heads.
+struct Fixed(Vec<Vec<Vec<f32>>>, Vec<[f32; 2]>);
 
 impl Scorer<Cpu> for Fixed {
     fn needs(&self) -> Needs {
@@ -32,7 +34,9 @@ impl Scorer<Cpu> for Fixed {
         layers: &[HostLayer<'_>],
     ) -> Result<Scored<Ragged<f32>>> {
         let rows = &self.0[layer.index()];
-        cpu.upload(layers.iter().flat_map(|_| rows.clone()).collect()).map(Scored::from)
+        let scores = cpu.upload(layers.iter().flat_map(|_| rows.clone()).collect())?;
+        let spread = vec![self.1[layer.index()].to_vec(); scores.rows()];
+        Ok(Scored { spread: Some(cpu.upload(spread.into_iter().collect())?), ..scores.into() })
     }
 }
 
@@ -41,6 +45,7 @@ struct Case {
     tokens: u32,
     heads: Vec<u32>,
     scores: Vec<Vec<Vec<f32>>>,
+    spread: Vec<[f32; 2]>,
     config: PolicyConfig,
     budget: Budget,
 }
@@ -52,7 +57,8 @@ impl Case {
     }
 
     fn policy(&self) -> Policy<Cpu> {
-        Policy::with_scorer(self.config.clone(), Box::new(Fixed(self.scores.clone()))).unwrap()
+        let scorer = Fixed(self.scores.clone(), self.spread.clone());
+        Policy::with_scorer(self.config.clone(), Box::new(scorer)).unwrap()
     }
 
     fn plan(&self, cascade: bool) -> Result<Plan> {
@@ -122,13 +128,21 @@ fn allocations() -> impl Strategy<Value = (Layers, Heads)> {
         fraction().prop_map(move |floor| Layers::Sensitivity(sensitivity(floor))),
     ];
     let form = prop_oneof![Just(AdaForm::Floor), Just(AdaForm::Blend)];
+    let ada = (fraction(), form).prop_map(|(alpha, form)| Heads::Ada { alpha, form }).boxed();
     let heads = prop_oneof![
         Just(Heads::Uniform),
-        (fraction(), form).prop_map(|(alpha, form)| Heads::Ada { alpha, form }),
+        ada.clone(),
         fraction().prop_map(|alpha| Heads::Preference { alpha }),
     ];
+    let preference = (1u8..6, 1u8..6).prop_map(|taus| {
+        let [tau1, tau2] = [taus.0, taus.1].map(|tau| f64::from(tau) / 2.0);
+        Preference { tau1, tau2 }
+    });
+    let contested = Heads::Ada { alpha: Fraction::ZERO, form: AdaForm::Floor };
+    let under = prop_oneof![2 => Just(Heads::Uniform), 1 => Just(contested), 1 => ada];
     prop_oneof![
         3 => (layers, heads),
+        2 => (preference.prop_map(Layers::Preference), under),
         1 => Just((Layers::Global, Heads::Weights { heads: Vec::new() })),
         2 => fraction()
             .prop_map(|alpha| (Layers::Global, Heads::Ada { alpha, form: AdaForm::Floor })),
@@ -157,6 +171,21 @@ fn measure(layers: &mut Layers, count: usize) {
     }
 }
 
+/// Weights as far apart as floats go.
+fn weights() -> impl Strategy<Value = f64> {
+    (0u64..=f64::MAX.to_bits()).prop_map(f64::from_bits)
+}
+
+/// Sums of entropy or variance: ties, nothing, too much, and no numbers.
+fn spreads() -> impl Strategy<Value = f32> {
+    prop_oneof![
+        4 => 0f32..10.0,
+        2 => (1u8..4).prop_map(f32::from),
+        1 => Just(0.0),
+        1 => prop_oneof![Just(1e-30), Just(1e30), Just(f32::INFINITY), Just(f32::NAN)],
+    ]
+}
+
 fn cases(units: impl Strategy<Value = u32> + 'static) -> impl Strategy<Value = Case> {
     let shape = (1u32..40, prop::collection::vec(1u32..4, 1..5));
     (
@@ -182,7 +211,8 @@ fn cases(units: impl Strategy<Value = u32> + 'static) -> impl Strategy<Value = C
                     )
                 };
                 let all: Vec<_> = heads.iter().map(layer).collect();
-                (all, budgets(slots)).prop_map(move |(scores, budget)| {
+                let spread: Vec<_> = heads.iter().map(|_| [spreads(), spreads()]).collect();
+                (all, spread, budgets(slots)).prop_map(move |(scores, spread, budget)| {
                     let ranges = ranges.iter().map(|&(start, n)| start..start + n).collect();
                     let config = PolicyConfig {
                         layers: allocation.0.clone(),
@@ -192,7 +222,7 @@ fn cases(units: impl Strategy<Value = u32> + 'static) -> impl Strategy<Value = C
                         allow_nan: true,
                         ..PolicyConfig::new("test", ScorerConfig::Streaming(Streaming {}))
                     };
-                    Case { tokens, heads: heads.clone(), scores, config, budget }
+                    Case { tokens, heads: heads.clone(), scores, spread, config, budget }
                 })
             },
         )
@@ -234,6 +264,11 @@ proptest! {
     #[test]
     fn cascade_equals_one_shot(case in cases(prop_oneof![Just(1u32), 2u32..5])) {
         let one_shot = case.plan(false).unwrap();
+        if !case.policy().cascades() {
+            let refused = case.plan(true);
+            prop_assert!(matches!(refused, Err(Error::Unsupported { .. })), "{:?}", refused);
+            return Ok(());
+        }
         let cascade = case.plan(true).unwrap();
         prop_assert_eq!(&one_shot.layers, &cascade.layers);
         let layer = case.heads.iter().max().unwrap() * case.tokens;
@@ -350,11 +385,45 @@ proptest! {
         }
     }
 
+    /// Highest averages are a selection under a total order: what claims win is what the largest averages are, and the first of them
+    /// win no more when others come.
+    #[test]
+    fn highest_averages_are_the_largest(
+        claims in prop::collection::vec((prop_oneof![weights(), (0u8..4).prop_map(f64::from)], 0u64..30), 1..9),
+        at in 0u64..=100,
+    ) {
+        let total = claims.iter().map(|c| c.1).sum::<u64>() * at / 100;
+        let shares = highest_averages(total, &claims).unwrap();
+        let mut averages = Vec::new();
+        for (i, &(weight, cap)) in claims.iter().enumerate() {
+            let (mut last, mut place) = (f64::NAN, 0);
+            for n in 1..=cap {
+                let average = weight / n as f64;
+                place = if average == last { place + 1 } else { 0 };
+                last = average;
+                averages.push((average, place, i));
+            }
+        }
+        averages.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
+        let mut want = vec![0; claims.len()];
+        averages[..total as usize].iter().for_each(|(_, _, i)| want[*i] += 1);
+        prop_assert_eq!(&shares, &want);
+        for seen in 1..claims.len() {
+            let room = claims[..seen].iter().map(|c| c.1).sum::<u64>();
+            let before = highest_averages(total.min(room), &claims[..seen]).unwrap();
+            prop_assert!(before.iter().zip(&shares).all(|(before, now)| before >= now));
+        }
+        let room = claims.iter().map(|c| c.1).sum::<u64>();
+        prop_assert!(highest_averages(room + 1, &claims).is_err());
+    }
+
     /// Planning a batch is planning each sequence.
     #[test]
     fn batches_are_independent(case in cases(Just(1)), lens in prop::collection::vec(1u32..40, 1..4)) {
         let mut config = case.config.clone();
         config.scorer = ScorerConfig::Streaming(Streaming {});
+        // It says nothing of how attention spreads.
+        prop_assume!(!matches!(config.layers, Layers::Preference(_)));
         let policy = config.build::<Cpu>().unwrap();
         let (cpu, geometry) = (Cpu::new(), case.geometry());
         let memory = vec![0f32; (3 * 40 * DIM) as usize];
@@ -393,6 +462,7 @@ fn plain_case() -> Case {
         tokens: 20,
         heads: vec![3, 3],
         scores: (0..2).map(layer).collect(),
+        spread: vec![[1.0; 2]; 2],
         config: PolicyConfig {
             heads: Heads::Ada { alpha: Fraction::new(1, 5).unwrap(), form: AdaForm::Floor },
             protect: Protect { sinks: 1, recent: 2, ..Protect::default() },
@@ -483,6 +553,71 @@ fn scarce_budgets_keep_newest_then_sinks() {
     assert_eq!(kept(&case), (vec![0, 1, 17, 18, 19], 0));
     case.budget = Budget::Slots(0);
     assert_eq!(kept(&case).0, Vec::<u32>::new());
+}
+
+/// CAKE's shares: above the window of each, layers get slots in proportion to what they prefer, to the slot.
+#[test]
+fn layers_share_by_preference() {
+    let mut case = plain_case();
+    let taus = Preference { tau1: 1.0, tau2: 2.0 };
+    case.config.layers = Layers::Preference(taus);
+    case.config.heads = Heads::Uniform;
+    case.config.protect = Protect { recent: 32, ..Protect::default() };
+    case.tokens = 600;
+    case.heads = vec![1; 4];
+    case.scores = vec![vec![vec![0.0; 600]]; 4];
+    // Entropy times the root of the variance: 4, 2, 1, 1.
+    case.spread = vec![[2.0, 4.0], [0.5, 16.0], [1.0, 1.0], [4.0, 0.0625]];
+    case.budget = Budget::Slots(1024 + 4 * 32);
+    let lens = |case: &Case| -> Vec<usize> {
+        let plan = case.plan(true).unwrap();
+        plan.check(&case.geometry(), &case.promise(&plan)).unwrap();
+        plan.layers.iter().map(Ragged::total).collect()
+    };
+    assert_eq!(lens(&case), [512, 256, 128, 128].map(|n| n + 32));
+    // What a layer has no room for goes to the others, and first to those that want something.
+    case.budget = Budget::Slots(1100 + 4 * 32);
+    case.spread[3] = [f32::NAN, 1.0];
+    assert_eq!(lens(&case), [568, 355, 177, 0].map(|n| n + 32));
+    case.budget = Budget::Slots(1800 + 4 * 32);
+    assert_eq!(lens(&case), [568, 568, 568, 96].map(|n| n + 32));
+    // Nobody wants anything: all the same.
+    case.spread = vec![[0.0; 2]; 4];
+    case.budget = Budget::Slots(102 + 4 * 32);
+    assert_eq!(lens(&case), [26, 26, 25, 25].map(|n| n + 32));
+}
+
+/// What cannot be shared by preference is said.
+#[test]
+fn preferences_that_are_not_there_are_errors() {
+    let mut case = plain_case();
+    case.config.layers = Layers::Preference(Preference::default());
+    let cascade = case.plan(true).unwrap_err();
+    assert!(matches!(cascade, Error::Unsupported { what: "the cascade of this policy", .. }));
+    case.config.heads = Heads::Preference { alpha: Fraction::ZERO };
+    let both = case.plan(false).unwrap_err();
+    assert!(matches!(both, Error::Unsupported { what: "layers and heads by preference", .. }));
+    case.config.heads = Heads::Uniform;
+    case.config.layers = Layers::Preference(Preference { tau1: 0.0, tau2: 1.0 });
+    let tau = case.plan(false).unwrap_err();
+    assert!(matches!(tau, Error::Parameter { name: "tau1", .. }), "{tau}");
+    // Scores of which nobody says how they spread.
+    case.config.layers = Layers::Preference(Preference::default());
+    let policy = case.config.build::<Cpu>().unwrap();
+    let (cpu, geometry) = (Cpu::new(), case.geometry());
+    let memory = vec![0f32; 3 * 20 * DIM as usize];
+    let rows = Rows::heads_first(HostSlice::F32(&memory), 3, 20, DIM).unwrap();
+    let view = [LayerView::new(geometry.layers()[0], 20, rows, rows).unwrap()];
+    let mut planner = Planner::new(&cpu, &policy, &geometry, case.budget, &[20u32]).unwrap();
+    let missing = planner.push(&view).unwrap_err();
+    assert!(matches!(missing, Error::Missing { method: "layers by preference", .. }), "{missing}");
+    for lens in [&[2u32, 2][..], &[2, 2, 1]] {
+        let scores = cpu.zeros(&[20; 3]).unwrap();
+        let spread = Some(cpu.zeros(lens).unwrap());
+        let scored = Scored { spread, ..Scored::from(scores) };
+        let refused = planner.push_scored(&view, scored).unwrap_err();
+        assert!(matches!(refused, Error::Shape { .. }), "{refused}");
+    }
 }
 
 /// A compressed cache is planned again: positions stay logical, what was lost stays lost.

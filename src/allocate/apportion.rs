@@ -1,8 +1,11 @@
-//! The only rounding in the crate: sharing whole slots by weight, largest remainder, within floors and caps.
+//! The only rounding in the crate: sharing whole slots by weight.
 //!
-//! The real-valued share is `x_i = clamp(λ·w_i, floor_i, cap_i)` with `Σ x_i = total`; integers follow by
+//! [`apportion`] is by largest remainder, within floors and caps. The real-valued share is `x_i = clamp(λ·w_i, floor_i, cap_i)` with `Σ x_i = total`; integers follow by
 //! flooring and giving the missing slots to the largest fractions, the lower index first among equals. All
 //! arithmetic is on integers, so the parts sum to the whole by construction.
+//!
+//! [`highest_averages`] is for claims that come one after the other. By largest remainder another claim can give an old one a slot
+//! more; by highest averages slots are won under a total order, and what a claim has not won among some it does not win among more.
 
 use crate::error::{Error, Result};
 
@@ -81,6 +84,51 @@ fn round(shares: &mut [u64], free: &[usize], rest: u64, sum: u128, weight: impl 
     for &(_, i) in fractions.iter().take(left as usize) {
         shares[i] += 1;
     }
+}
+
+/// Shares `total` among claims of a weight and a cap by highest averages: of all `weight / n`, `n = 1..=cap`, the largest win, and each is
+/// a slot of its claim. Among equal ones those that are first of their claim come first, then those of lower index. So what
+/// nobody with weight can take is shared equally. Weights are finite and at least 0.
+///
+/// Errors if the caps sum to less than `total`.
+pub fn highest_averages(total: u64, claims: &[(f64, u64)]) -> Result<Vec<u64>> {
+    let caps = claims.iter().fold(0u64, |sum, (_, cap)| sum.saturating_add(*cap));
+    if caps < total {
+        return Err(Error::Apportion { total, floors: 0, caps });
+    }
+    // How many of each claim's averages are at least `least`: the first ones.
+    let reach = |least: f64| -> Vec<u64> {
+        let of = |&(weight, cap): &(f64, u64)| {
+            if least == 0.0 {
+                return cap;
+            }
+            let reaches = |n: u64| weight / n as f64 >= least;
+            let mut n = ((weight / least) as u64).min(cap);
+            while n < cap && reaches(n + 1) {
+                n += 1;
+            }
+            while n > 0 && !reaches(n) {
+                n -= 1;
+            }
+            n
+        };
+        claims.iter().map(of).collect()
+    };
+    // The least average that wins, if not all of its equals: by bisection, since floats from zero up order as their bits do.
+    let (mut least, mut above) = (0, f64::INFINITY.to_bits());
+    while above - least > 1 {
+        let middle = least + (above - least) / 2;
+        match reach(f64::from_bits(middle)).iter().sum::<u64>() >= total {
+            true => least = middle,
+            false => above = middle,
+        }
+    }
+    let sure = reach(f64::from_bits(above));
+    let equal = reach(f64::from_bits(least));
+    let claim = |(all, sure): (&u64, &u64)| Claim { weight: 1, floor: 0, cap: all - sure };
+    let claims: Vec<Claim> = equal.iter().zip(&sure).map(claim).collect();
+    let more = apportion(total - sure.iter().sum::<u64>(), &claims)?;
+    Ok(sure.iter().zip(more).map(|(sure, more)| sure + more).collect())
 }
 
 /// Integer weights from the caller's floats: scaled so that the largest is `2^52`, then rounded.

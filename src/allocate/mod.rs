@@ -6,10 +6,12 @@
 
 pub mod apportion;
 mod boundary;
+mod preference;
 mod sensitivity;
 
-pub use apportion::{Claim, apportion};
+pub use apportion::{Claim, apportion, highest_averages};
 pub use boundary::Boundary;
+pub use preference::Preference;
 pub use sensitivity::Sensitivity;
 
 use crate::backend::ops::Contest;
@@ -49,6 +51,8 @@ pub struct Demand<'a> {
     pub lens: &'a [u64],
     /// Protected in each segment.
     pub protected: &'a [u64],
+    /// What the layers seen so far prefer, if that counts: see [`Layers::Preference`]. Others get what is protected.
+    pub preferences: &'a [f64],
     /// To be kept in all; at most the sum of `lens`.
     pub budget: u64,
 }
@@ -79,6 +83,8 @@ pub enum Layers {
     Boundary(Boundary),
     /// By how little keys change when slots are evicted in blocks (EpiCache).
     Sensitivity(Sensitivity),
+    /// By how attention spreads in them, which is known once they are scored (CAKE).
+    Preference(Preference),
     /// Over all layers at once: by score (Layer-DefensiveKV), or by the heads' weights.
     Global,
 }
@@ -137,20 +143,35 @@ pub enum AdaForm {
 }
 crate::parameters::named!(AdaForm { Floor => "floor", Blend => "blend" });
 
+impl Heads {
+    /// Whether of two budgets of a layer the smaller one keeps fewer of the same slots, whatever their scores.
+    pub(crate) fn nest(&self) -> bool {
+        match self {
+            Heads::Uniform | Heads::Profile { .. } => true,
+            Heads::Ada { alpha, form } => alpha.num() == 0 && *form == AdaForm::Floor,
+            Heads::Preference { .. } | Heads::Weights { .. } => false,
+        }
+    }
+}
+
 impl Demand<'_> {
     /// Least that a segment should get: what is protected, and never nothing.
     fn least(&self, s: usize) -> u64 {
         self.protected[s].max(1).min(self.lens[s])
     }
+
+    /// Whether there is less than what each segment should get at least: then that decides alone.
+    pub(crate) fn is_scarce(&self) -> bool {
+        self.budget < (0..self.lens.len()).map(|s| self.least(s)).sum()
+    }
 }
 
 /// Divides the demand among layers and heads.
 pub fn allocate(layers: &Layers, heads: &Heads, demand: &Demand<'_>) -> Result<Vec<Share>> {
-    let all: Vec<usize> = (0..demand.lens.len()).collect();
-    let least: u64 = all.iter().map(|&s| demand.least(s)).sum();
-    if demand.budget < least {
+    if demand.is_scarce() {
         return scarce(demand);
     }
+    let all: Vec<usize> = (0..demand.lens.len()).collect();
     let weights = head_weights(heads, demand)?;
     if let Layers::Global = layers {
         return match (heads, weights) {
@@ -169,6 +190,12 @@ pub fn allocate(layers: &Layers, heads: &Heads, demand: &Demand<'_>) -> Result<V
                 why: "heads must be contested with floors (heads = ada, form = floor), or weighted",
             }),
         };
+    }
+    if let (Layers::Preference(_), Heads::Preference { .. }) = (layers, heads) {
+        return Err(Error::Unsupported {
+            what: "layers and heads by preference",
+            why: "score mass is summed layer by layer, and budgets of layers are known after the last",
+        });
     }
     let budgets = layer_budgets(layers, demand)?;
     let mut shares = Vec::new();
@@ -330,6 +357,18 @@ fn layer_budgets(layers: &Layers, demand: &Demand<'_>) -> Result<Vec<u64>> {
         Layers::Pyramid { beta } => {
             let room = (0..count).map(|l| held(l) - least(l)).min().unwrap_or(0);
             return above(pyramid(*beta, count, spare, room)?);
+        }
+        Layers::Preference(preference) => {
+            preference.validate()?;
+            let weight = |p: f64, l: usize| (p * demand.heads[l] as f64).min(f64::MAX);
+            let claim = |l| match demand.preferences.get(l) {
+                Some(&p) => (weight(p, l), held(l) - least(l)),
+                None => (0.0, 0),
+            };
+            let claims: Vec<(f64, u64)> = (0..count).map(claim).collect();
+            let room = claims.iter().map(|(_, cap)| cap).sum();
+            let won = highest_averages(spare.min(room), &claims)?;
+            return Ok((0..count).map(|l| won[l] + least(l)).collect());
         }
         Layers::Boundary(boundary) => {
             return above(weights_from("importance", &boundary.weights(count)?)?);

@@ -3,7 +3,9 @@
 use std::ops::Range;
 
 use super::AttendView;
-use super::ops::{Lag, Pool, Projection, Residuals, Saliency, TopK, WindowAttention};
+use super::ops::{
+    AttentionSpread, Lag, Pool, Projection, Residuals, Saliency, TopK, WindowAttention,
+};
 use crate::error::{Error, Result};
 use crate::ragged::Ragged;
 use crate::view::{LayerView, Storage};
@@ -105,6 +107,24 @@ pub(super) fn projection<S: Storage>(
         within("start of an anchor", anchor.end as usize, anchor.start as usize)?;
     }
     Ok(())
+}
+
+pub(super) fn attention_spread<S: Storage>(
+    op: AttentionSpread,
+    layers: &[LayerView<'_, S>],
+    out: &impl Lens,
+    sums: &impl Lens,
+) -> Result<()> {
+    if op.window == 0 {
+        return Err(Error::Zero { what: "observation window" });
+    }
+    if !op.gamma.is_finite() {
+        let got = op.gamma.to_string();
+        return Err(Error::Parameter { name: "gamma", expected: "a finite number", got });
+    }
+    segments(layers, out)?;
+    expect("rows of sums (segments)", out.rows(), sums.rows())?;
+    (0..sums.rows()).try_for_each(|s| expect("sums of a segment", 2, sums.len(s)))
 }
 
 pub(super) fn pool(op: &Pool<'_>, rows: &impl Lens) -> Result<()> {

@@ -20,8 +20,8 @@ use crate::error::Result;
 use crate::ragged::Ragged;
 use crate::view::{LayerView, Rows, Storage};
 use ops::{
-    Attend, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency, TopK, ValueNorm,
-    WindowAttention,
+    Attend, AttentionSpread, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency,
+    TopK, ValueNorm, WindowAttention,
 };
 
 /// The query rows, keys and values of one [`Backend::attend`] call for one sequence.
@@ -76,6 +76,15 @@ pub trait Backend: Send + Sync {
         op: &Projection<'_>,
         layers: &[LayerView<'_, Self::Storage<'_>>],
         out: &mut Self::Floats,
+    ) -> Result<()>;
+    /// Mean and variance of the last queries' attention into `out`, `[H, len]` per view; entropy and variance of each segment into
+    /// `sums`, `[H, 2]` per view.
+    fn attention_spread(
+        &self,
+        op: AttentionSpread,
+        layers: &[LayerView<'_, Self::Storage<'_>>],
+        out: &mut Self::Floats,
+        sums: &mut Self::Floats,
     ) -> Result<()>;
     /// Smooths rows over neighbouring slots, in place.
     fn pool(&self, op: &Pool<'_>, rows: &mut Self::Floats) -> Result<()>;

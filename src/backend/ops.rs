@@ -94,6 +94,19 @@ pub struct Projection<'a> {
     pub anchor: &'a [Range<u32>],
 }
 
+/// How much attention the last queries pay to each slot, and how much that changes from one to the next.
+///
+/// Of the softmax rows `P` of [`WindowAttention`], which run over all slots, at those before the window:
+/// `score[t] = mean_g (mean_w P + gamma · var_w P)`; 0 inside the window. `var` is the sample variance (divisor `W - 1`), 0 of a single
+/// query. And their sums over a segment: `Σ -P ln P`, its terms 0 where `P` is, and `Σ_g Σ_t var_w P`. NaN of a row is in all of them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionSpread {
+    /// Query rows used: the last ones of the observation, all of them for sequences no longer than that.
+    pub window: u32,
+    /// What a variance counts for beside a mean; finite.
+    pub gamma: f32,
+}
+
 /// Smoothing over neighbouring slots.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Pool<'a> {

@@ -43,7 +43,7 @@ impl<B: Backend> Planner<'_, B> {
     /// Leaves on the device what pushes decide: [`selected`](Self::selected) lends it, [`finish`](Self::finish) reads it.
     /// Until then [`held`](Self::held) is `None` for settled layers, and NaN that the policy does not allow are no error.
     /// Policies that need numbers in between (mass thresholds, blended budgets, two stages, subspaces of keys) still wait for
-    /// those.
+    /// those, and layers by preference once, at the last one.
     ///
     /// Errors: a layer has been pushed; a cascade; reference modes, which run on the host.
     pub fn deferred(mut self) -> Result<Self> {

@@ -4,7 +4,8 @@
 //! are not needed again. Budgets contested over all layers need all layers' scores, but not all layers' caches:
 //! with [`Planner::cascade`] every push also drops what can no longer win. Selection under a total order is
 //! monotone, so what is not among the best `B` of the layers seen so far is never among the best `B` of all:
-//! the cascade ends with the plan of the one-shot selection and holds at most the budget and one layer.
+//! the cascade ends with the plan of the one-shot selection and holds at most the budget and one layer. So it is where layers share out
+//! the budget by what they prefer: a layer's share is the largest while it is the last that has been seen.
 //!
 //! On a device that is not the host's, [`Planner::deferred`] leaves decisions where they were made until the end.
 //!
@@ -19,7 +20,7 @@ pub use state::Sequence;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use crate::allocate::Split;
+use crate::allocate::{Layers, Split};
 use crate::backend::Backend;
 use crate::backend::ops::{Contest, TopK};
 use crate::budget::Budget;
@@ -44,6 +45,7 @@ const LEAST_SHARE: f32 = 1e-20;
 struct Pushed<B: Backend> {
     scores: B::Floats,
     weighted: Option<B::Floats>,
+    spread: Option<B::Floats>,
     /// Indices that are still in the race or settled.
     kept: Ragged<u32>,
 }
@@ -87,16 +89,17 @@ impl<'a, B: Backend> Planner<'a, B> {
         Ok(Self { backend, policy, geometry, budget, sequences, firsts, pushed, cascade, deferred })
     }
 
-    /// Drops what cannot win any more at every push, where budgets are contested over all layers.
+    /// Drops what cannot win any more at every push, where budgets are contested over all layers or shared out by what they prefer.
     ///
-    /// Errors for two-stage policies: their second stage may want what the first has dropped; of a
-    /// [deferred](Self::deferred) planner.
+    /// Errors for policies that do not [cascade](Policy::cascades): a second stage may want what the first has dropped, and so may
+    /// heads of which a smaller budget of their layer makes another choice; of a [deferred](Self::deferred) planner.
     pub fn cascade(mut self) -> Result<Self> {
         deferred::apart(self.deferred.is_some())?;
         if !self.policy.cascades() {
             return Err(Error::Unsupported {
-                what: "the cascade of a two-stage or reference policy",
-                why: "its final order is not the order of the scores seen so far",
+                what: "the cascade of this policy",
+                why: "two stages, reference modes, and layers by preference with heads whose shares may \
+                      grow as a budget shrinks want in the end what would have been dropped",
             });
         }
         self.cascade = true;
@@ -119,7 +122,7 @@ impl<'a, B: Backend> Planner<'a, B> {
         if let Some(reference) = config.reference {
             let scored =
                 reference::score(self.backend, reference, config, self.budget, layer, layers)?;
-            self.store(scored.scores, scored.weighted);
+            self.store(scored.scores, scored.weighted, None);
             return self.finish_reference(reference);
         }
         let scored = self.policy.score(self.backend, layer, layers)?;
@@ -170,7 +173,8 @@ impl<'a, B: Backend> Planner<'a, B> {
             let what = "spans of the sequence (spans; an empty list says that there are none)";
             return Err(Error::Missing { method: "protect_spans", what });
         }
-        let Scored { mut scores, first, mut weighted, redundant } = scored;
+        let Scored { mut scores, first, mut weighted, redundant, spread } = scored;
+        self.check_spread(l, spread.as_ref())?;
         // NaN scores are NaN with any weights.
         let nan = self.backend.count_nan(weighted.as_ref().unwrap_or(&scores))?;
         match &mut self.deferred {
@@ -197,7 +201,7 @@ impl<'a, B: Backend> Planner<'a, B> {
             let (protected, weights) = self.places(l);
             self.backend.rank(&protected, &weights, &mut scores)?;
         }
-        self.store(scores, weighted);
+        self.store(scores, weighted, spread);
         self.settle(l)
     }
 
@@ -352,7 +356,7 @@ impl<'a, B: Backend> Planner<'a, B> {
         dropped.map(|slots| slots / self.policy.config.align.unit).collect()
     }
 
-    fn store(&mut self, scores: B::Floats, weighted: Option<B::Floats>) {
+    fn store(&mut self, scores: B::Floats, weighted: Option<B::Floats>, spread: Option<B::Floats>) {
         let l = self.pushed.len();
         let segments = |s: &'_ State| self.firsts[l]..self.firsts[l + 1].min(s.segments.len());
         let kept = self
@@ -360,7 +364,7 @@ impl<'a, B: Backend> Planner<'a, B> {
             .iter()
             .flat_map(|s| s.segments[segments(s)].iter().map(|s| (0..s.len).collect()))
             .collect();
-        self.pushed.push(Pushed { scores, weighted, kept });
+        self.pushed.push(Pushed { scores, weighted, spread, kept });
         if self.deferred.is_none() {
             self.note_peak(l + 1);
         }
@@ -381,9 +385,49 @@ impl<'a, B: Backend> Planner<'a, B> {
         }
     }
 
+    /// Layers that share out the budget by what they prefer must bring it.
+    fn check_spread(&self, l: usize, spread: Option<&B::Floats>) -> Result<()> {
+        if !matches!(self.policy.config.layers, Layers::Preference(_)) {
+            return Ok(());
+        }
+        let what = "how attention spreads (the scorer cake measures it)";
+        let spread = spread.ok_or(Error::Missing { method: "layers by preference", what })?;
+        let lens = self.backend.lens(spread);
+        let segments = self.sequences.len() * self.geometry.layers()[l].kv_heads();
+        expect("rows of the spread (segments)", segments as u64, lens.len() as u64)?;
+        lens.iter().try_for_each(|&n| expect("spread of a segment", 2, n.into()))
+    }
+
+    /// Shares out anew by what the layers pushed so far prefer.
+    fn share_out(&mut self) -> Result<()> {
+        let config = &self.policy.config;
+        let Layers::Preference(preference) = &config.layers else { return Ok(()) };
+        // Taken: a layer is read once.
+        for (l, pushed) in self.pushed.iter_mut().enumerate() {
+            let Some(spread) = pushed.spread.take() else { continue };
+            let spread = self.backend.to_host(&spread)?;
+            let heads = self.geometry.layers()[l].kv_heads();
+            for (i, state) in self.sequences.iter_mut().enumerate() {
+                let rows = i * heads..(i + 1) * heads;
+                let sum = |of: usize| rows.clone().map(|r| f64::from(spread.row(r)[of])).sum();
+                if let Some(preferences) = &mut state.preferences {
+                    preferences.push(preference.of(sum(0), sum(1)));
+                }
+            }
+        }
+        let waiting = self.sequences.iter_mut().filter(|state| state.preferences.is_some());
+        for state in waiting {
+            state.share_out(config, self.geometry)?;
+        }
+        Ok(())
+    }
+
     /// Settles what the layer just pushed decides.
     fn settle(&mut self, l: usize) -> Result<Vec<LayerId>> {
         let last = l + 1 == self.geometry.layers().len();
+        if last || self.cascade {
+            self.share_out()?;
+        }
         // Sequence after sequence, and within each layer after layer, as contests are numbered.
         let mut parts = Vec::new();
         let mut contests = Vec::new();

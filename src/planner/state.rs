@@ -1,16 +1,16 @@
-//! What a sequence brings to its plan before any score: its segments, what they protect, and the shares of the
-//! budget as far as numbers alone decide.
+//! What a sequence brings to its plan: its segments, what they protect, and the shares of the budget as far as numbers decide,
+//! which layers may bring with their scores.
 
 use std::ops::Range;
 
-use crate::allocate::{Demand, Heads, Share, allocate};
+use crate::allocate::{Demand, Heads, Layers, Share, allocate};
 use crate::backend::Backend;
 use crate::budget::Budget;
 use crate::error::{Error, Result};
 use crate::geometry::{Geometry, MAX_LEN};
 use crate::ids::{KvHead, LayerId, Position};
 use crate::plan::Report;
-use crate::policy::Policy;
+use crate::policy::{Policy, PolicyConfig};
 use crate::score::Room;
 use crate::select::align::units;
 use crate::select::protect::{Protect, count};
@@ -99,7 +99,11 @@ pub(super) struct State {
     pub(super) recent: u32,
     pub(super) slots_per_head: u64,
     pub(super) segments: Vec<Segment>,
+    /// To be kept, in units.
+    budget: u64,
     pub(super) shares: Vec<Share>,
+    /// What the layers looked at so far prefer: they share out the budget, unless it is scarce.
+    pub(super) preferences: Option<Vec<f64>>,
     pub(super) report: Report,
     pub(super) spans: Option<Spans>,
     /// Shares of the segments as a profile has them.
@@ -113,13 +117,29 @@ impl State {
         Room { tokens, slots_per_head, recent }
     }
 
-    /// Whether some budget is contested over several layers.
+    /// Whether what layers keep depends on later ones: some budget is contested over several, or shared out by what they prefer.
     pub(super) fn spans_layers(&self, firsts: &[usize]) -> bool {
         let layer = |s: usize| firsts.partition_point(|&first| first <= s);
-        self.shares.iter().any(|share| {
+        let contested = self.shares.iter().any(|share| {
             let segments = &share.contest.segments;
             !segments.is_empty() && layer(segments.start) != layer(segments.end - 1)
-        })
+        });
+        contested || self.preferences.is_some()
+    }
+
+    /// Divides the budget, by what layers prefer as far as that is known.
+    pub(super) fn share_out(&mut self, config: &PolicyConfig, geometry: &Geometry) -> Result<()> {
+        let heads: Vec<usize> = geometry.layers().iter().map(|s| s.kv_heads()).collect();
+        let lens: Vec<u64> = self.segments.iter().map(|s| s.len.into()).collect();
+        let protected: Vec<u64> = self.segments.iter().map(|s| count(&s.protected)).collect();
+        let preferences = self.preferences.as_deref().unwrap_or(&[]);
+        let (lens, protected, budget) = (&lens, &protected, self.budget);
+        let demand = Demand { heads: &heads, lens, protected, preferences, budget };
+        self.shares = allocate(&config.layers, &config.heads, &demand)?;
+        if demand.is_scarce() {
+            self.preferences = None;
+        }
+        Ok(())
     }
 
     pub(super) fn new<B: Backend>(
@@ -155,23 +175,16 @@ impl State {
         let slots_per_head = slots / segments.len().max(1) as u64;
         let protect = config.protect.for_budget(slots_per_head);
         let protect = protect.for_spans(spans.as_ref().unwrap_or(&Spans::default()));
-        let lens: Vec<u64> = segments.iter().map(|s| u64::from(s.len)).collect();
-        let everything = |s: &Segment| protect.slots(tokens, u64::MAX, |r| s.indices_of(r));
-        let protected: Vec<u64> = segments.iter().map(|s| count(&everything(s))).collect();
-        let whole: u64 = lens.iter().sum();
+        for segment in &mut segments {
+            segment.protected = protect.slots(tokens, u64::MAX, |r| segment.indices_of(r));
+        }
+        let whole: u64 = segments.iter().map(|s| u64::from(s.len)).sum();
         let in_units = if slots == available {
             whole
         } else {
             in_units(slots, config.align.unit, &segments, &protect, tokens).min(whole)
         };
         let heads: Vec<usize> = geometry.layers().iter().map(|s| s.kv_heads()).collect();
-        let demand = Demand { heads: &heads, lens: &lens, protected: &protected, budget: in_units };
-        let shares = allocate(&config.layers, &config.heads, &demand)?;
-        let mut report = Report { budget_slots, available_slots: available, ..Report::default() };
-        if config.reference.is_none() {
-            report.protection_cut = protect_segments(&mut segments, &shares, &protect, tokens);
-        }
-        let recent = protect.recent;
         let profile = match &config.heads {
             // Of the tokens seen: what a head holds after an earlier compression says nothing of its needs.
             Heads::Profile { profile } => {
@@ -180,7 +193,26 @@ impl State {
             }
             _ => None,
         };
-        Ok(Self { tokens, recent, slots_per_head, segments, shares, report, spans, profile })
+        let preferences = matches!(config.layers, Layers::Preference(_)).then(Vec::new);
+        let mut state = Self {
+            tokens,
+            recent: protect.recent,
+            slots_per_head,
+            segments,
+            budget: in_units,
+            shares: Vec::new(),
+            preferences,
+            report: Report { budget_slots, available_slots: available, ..Report::default() },
+            spans,
+            profile,
+        };
+        state.share_out(config, geometry)?;
+        if config.reference.is_none() {
+            // Shares that are still to grow have room for what is protected already.
+            state.report.protection_cut =
+                protect_segments(&mut state.segments, &state.shares, &protect, tokens);
+        }
+        Ok(state)
     }
 }
 

@@ -2,6 +2,7 @@
 //! operations; a larger score is kept longer, NaN ranks lowest.
 
 mod andpro;
+mod cake;
 mod defensive;
 mod guikv;
 mod h2o;
@@ -15,6 +16,7 @@ mod streaming;
 mod subspace;
 
 pub use andpro::{AnDPro, Anchor};
+pub use cake::Cake;
 pub use defensive::Defensive;
 pub use guikv::GuiKv;
 pub use h2o::H2o;
@@ -51,6 +53,9 @@ pub struct Scored<F> {
     pub weighted: Option<F>,
     /// Slots that others make redundant: as many as [`Scorer::dropped`] says lose their scores.
     pub redundant: Option<Redundant<F>>,
+    /// Entropy and variance of attention, `[H, 2]` of each view, by which layers share out the budget if the policy says so
+    /// ([`Preference`](crate::allocate::Preference)).
+    pub spread: Option<F>,
 }
 
 /// Slots that may lose their scores.
@@ -65,7 +70,7 @@ pub struct Redundant<F> {
 impl<F> From<F> for Scored<F> {
     /// Scores alone.
     fn from(scores: F) -> Self {
-        Self { scores, first: None, weighted: None, redundant: None }
+        Self { scores, first: None, weighted: None, redundant: None, spread: None }
     }
 }
 
@@ -183,6 +188,8 @@ pub enum ScorerConfig {
     Defensive(Defensive),
     /// Projection of values on the window's outputs.
     AnDPro(AnDPro),
+    /// Mean and variance of window attention.
+    Cake(Cake),
     /// Attention of all queries.
     H2o(H2o),
     /// Position only.
@@ -213,6 +220,7 @@ macro_rules! each {
             ScorerConfig::Tova($scorer) => $use,
             ScorerConfig::Defensive($scorer) => $use,
             ScorerConfig::AnDPro($scorer) => $use,
+            ScorerConfig::Cake($scorer) => $use,
             ScorerConfig::H2o($scorer) => $use,
             ScorerConfig::Streaming($scorer) => $use,
             ScorerConfig::Random($scorer) => $use,

@@ -39,13 +39,14 @@ fn pushes_leave_everything_on_the_device() {
     let gpu = Gpu::new();
     let layers = [Layer::new(&gpu.cuda, TOKENS, 128), Layer::new(&gpu.cuda, TOKENS, 128)];
     let views = [layers[0].view(true), layers[1].view(false)];
-    // Two stages and mass thresholds take numbers from the device.
+    // Two stages, mass thresholds and what layers prefer take numbers from the device.
     let presets = [
         ("snapkv", false),
         ("ada-snapkv", false),
         ("tova", false),
         ("keydiff", false),
         ("ada-criticalkv", true),
+        ("cake", true),
         ("layer-defensivekv", true),
     ];
     for (name, waits) in presets {

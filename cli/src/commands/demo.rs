@@ -15,10 +15,11 @@ use crate::{eval, plot, policies, stored};
 
 static SAMPLE: &[u8] = include_bytes!("../../sample/smollm2.safetensors");
 /// All presets but h2o, which needs the queries of every token.
-const POLICIES: [&str; 15] = [
+const POLICIES: [&str; 16] = [
     "layer-defensivekv",
     "defensivekv",
     "andpro",
+    "cake",
     "ada-criticalkv",
     "criticalkv",
     "ada-snapkv",

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvbudget::backend::cpu::{Cpu, HostSlice};
 use kvbudget::backend::ops::{
-    Attend, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency, TopK, ValueNorm,
-    WindowAttention,
+    Attend, AttentionSpread, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency,
+    TopK, ValueNorm, WindowAttention,
 };
 use kvbudget::backend::{AttendView, Backend};
 use kvbudget::{LayerView, Ragged, Result};
@@ -307,6 +307,17 @@ impl Backend for Tampered {
             Some(mean) => self.in_place(self.in_place(result, out), mean),
             None => self.in_place(result, out),
         }
+    }
+
+    fn attention_spread(
+        &self,
+        op: AttentionSpread,
+        layers: Layers<'_, '_>,
+        out: &mut Ragged<f32>,
+        sums: &mut Ragged<f32>,
+    ) -> Result<()> {
+        let result = self.cpu.attention_spread(op, layers, out, sums);
+        self.in_place(self.in_place(result, out), sums)
     }
 
     fn attend(

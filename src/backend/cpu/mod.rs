@@ -4,6 +4,7 @@
 //! order, so results do not depend on the number of threads.
 
 mod attend;
+mod attention_spread;
 mod descent;
 mod intrinsics;
 mod isa;
@@ -27,8 +28,8 @@ use std::sync::{Arc, Mutex};
 use half::{bf16, f16};
 
 use super::ops::{
-    Attend, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency, TopK, ValueNorm,
-    WindowAttention,
+    Attend, AttentionSpread, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency,
+    TopK, ValueNorm, WindowAttention,
 };
 use super::{AttendView, Backend, check};
 use crate::dtype::Dtype;
@@ -174,6 +175,15 @@ impl Backend for Cpu {
         out: &mut Ragged<f32>,
     ) -> Result<()> {
         self.run(|| projection::run(self.isa, op, layers, out))
+    }
+    fn attention_spread(
+        &self,
+        op: AttentionSpread,
+        layers: &[HostLayer<'_>],
+        out: &mut Ragged<f32>,
+        sums: &mut Ragged<f32>,
+    ) -> Result<()> {
+        self.run(|| attention_spread::run(self.isa, op, layers, out, sums))
     }
     fn pool(&self, op: &Pool<'_>, rows: &mut Ragged<f32>) -> Result<()> {
         self.run(|| pool::run(op, rows))

@@ -155,7 +155,7 @@ impl Head<'_> {
         let (width, radius) = (self.widths[b], self.radius);
         let halo = slots.start.saturating_sub(radius)..self.len().min(slots.end + radius);
         let raw = raw.first(halo.len() * width);
-        self.attention.tile(b, halo.clone(), attention, raw);
+        self.attention.tile(b, halo.clone(), attention, raw, None);
         if radius == 0 {
             return raw;
         }

@@ -10,6 +10,7 @@
 
 mod append;
 mod attend;
+mod attention_spread;
 pub mod cache;
 mod driver;
 mod floats;
@@ -40,8 +41,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::ops::{
-    Attend, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency, TopK, ValueNorm,
-    WindowAttention,
+    Attend, AttentionSpread, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency,
+    TopK, ValueNorm, WindowAttention,
 };
 use super::{AttendView, Backend, check};
 use crate::dtype::{Dtype, Element};
@@ -232,6 +233,15 @@ impl Backend for Cuda {
     ) -> Result<()> {
         projection::run(self, op, layers, out)
     }
+    fn attention_spread(
+        &self,
+        op: AttentionSpread,
+        layers: &[DeviceLayer<'_>],
+        out: &mut Floats,
+        sums: &mut Floats,
+    ) -> Result<()> {
+        attention_spread::run(self, op, layers, out, sums)
+    }
     fn pool(&self, op: &Pool<'_>, rows: &mut Floats) -> Result<()> {
         pool::run(self, op, rows)
     }
@@ -369,6 +379,7 @@ fn signatures() -> Vec<ptx::tests::Signature> {
         residual::signatures(),
         saliency::signatures(),
         attend::signatures(),
+        attention_spread::signatures(),
     ]
     .into_iter()
     .flatten()

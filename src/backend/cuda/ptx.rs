@@ -10,6 +10,7 @@ pub(super) const FILES: &[(&str, &str)] = files! {
     "append"
     "attend"
     "attend_mma"
+    "attention_spread"
     "compact"
     "gather"
     "key_scores"

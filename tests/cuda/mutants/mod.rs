@@ -8,6 +8,7 @@
 
 mod append;
 mod attend;
+mod attention_spread;
 mod compact;
 mod edit;
 mod gather;
@@ -59,6 +60,7 @@ pub struct Mutant {
 const MUTANTS: &[&[Mutant]] = &[
     append::MUTANTS,
     attend::MUTANTS,
+    attention_spread::MUTANTS,
     compact::MUTANTS,
     gather::MUTANTS,
     key_scores::MUTANTS,

@@ -4,6 +4,7 @@
 //! rows start as NaN, so that what an operation does not write is noticed.
 
 pub mod attend;
+pub mod attention_spread;
 pub mod key_scores;
 pub mod lag;
 pub mod pool;
@@ -33,6 +34,8 @@ macro_rules! for_each_case {
         $crate::$then! { $($args)*;
             attend: lengths queries shapes storage dims row_blocks ragged_heads splits many_heads batches peaky non_finite
                 errors;
+            attention_spread: lengths windows gammas shapes storage log_sum_exps many_rows long_heads compressed batches alike
+                non_finite golden errors;
             key_scores: norms differences storage wide magnitudes no_direction non_finite recency random errors;
             lag: cross_scores ranks storage wide ties short_heads flat_channels non_finite errors;
             pool: averages maxima non_finite errors;

@@ -47,18 +47,34 @@ impl<'a> Attention<'a> {
         (self.head.layer, self.head.head)
     }
 
+    /// Slots that are scored: the first ones.
+    pub(in super::super) fn scored(&self) -> usize {
+        self.head.scored
+    }
+
+    /// Of each block of queries, those of the group's heads among its rows.
+    pub(in super::super) fn heads(&self) -> Vec<Vec<Range<usize>>> {
+        let of_block = |block: Range<usize>| {
+            let pitch = Shape::new(&self.head, &block).pitch;
+            (0..self.head.group).map(|g| g * pitch..g * pitch + block.len()).collect()
+        };
+        self.head.blocks().map(of_block).collect()
+    }
+
     /// Rows of each block of queries, padding included: those of all heads of the group.
     pub(in super::super) fn widths(&self) -> Vec<usize> {
         self.head.blocks().map(|block| Shape::new(&self.head, &block).width).collect()
     }
 
     /// Probabilities `[slot, row]` of a block at some slots, which fill `out`: 0 for padding and at slots that a row does not see.
+    /// With `information`, also adds the sum of `P · log₂ P` over them.
     pub(in super::super) fn tile(
         &self,
         b: usize,
         slots: Range<usize>,
         scratch: &mut Scratch,
         out: &mut [f32],
+        mut information: Option<&mut f64>,
     ) {
         let Scratch { queries, product, .. } = scratch;
         let Some(block) = self.head.blocks().nth(b) else { return };
@@ -70,6 +86,10 @@ impl<'a> Attention<'a> {
             let factors = &self.factors[b][panel.clone()];
             let (start, width, first) = (slots.start, queries.shape.width, panel.start);
             self.isa.run(Exponentials { logits, factors, scale, start, width, first, out });
+            if let Some(sum) = &mut information {
+                **sum +=
+                    self.isa.run(Information { logits, factors, scale, width, first, of: out });
+            }
         }
     }
 }
@@ -114,5 +134,44 @@ impl Kernel for Exponentials<'_> {
                 }
             }
         }
+    }
+}
+
+/// Below the logarithm of the least number that a probability is: times 0, still 0.
+const LEAST: f32 = -200.0;
+
+/// Sum of a panel's `P · log₂ P`: the logarithms are those of [`Exponentials`] before they are raised.
+struct Information<'a> {
+    logits: Logits<'a>,
+    factors: &'a [Factors],
+    scale: f32,
+    /// As of the exponentials.
+    width: usize,
+    first: usize,
+    of: &'a [f32],
+}
+
+impl Kernel for Information<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) -> f64 {
+        let Self { logits, factors, scale, width, first, of } = self;
+        let (scale, least) = (A::splat(scale), A::splat(LEAST));
+        let mut total = 0.0;
+        for (block, Factors { minus, inverse, .. }) in factors.iter().enumerate() {
+            let (minus, inverse) = (minus.map(|x| -x), inverse.map(f32::log2));
+            let (minus, inverse) = (A::load(&minus), A::load(&inverse));
+            let mut sum = A::splat(0.0);
+            for (i, row) in of.chunks_exact(width).enumerate() {
+                let x = A::load(logits.at(i, block));
+                let log = A::greater(least, A::add(A::fma(x, scale, minus), inverse));
+                sum = A::fma(A::load(&row.as_chunks().0[first + block]), log, sum);
+            }
+            let mut lanes = [0.0; LANES];
+            A::store(sum, &mut lanes);
+            total += f64::from(tile::fold(lanes));
+        }
+        total
     }
 }
