@@ -107,6 +107,14 @@ pub(super) fn projection<S: Storage>(
     Ok(())
 }
 
+pub(super) fn expected_attention<S: Storage>(
+    layers: &[LayerView<'_, S>],
+    out: &impl Lens,
+) -> Result<()> {
+    layers.iter().try_for_each(|layer| layer.expected("expected attention").map(drop))?;
+    segments(layers, out)
+}
+
 pub(super) fn pool(op: &Pool<'_>, rows: &impl Lens) -> Result<()> {
     odd("kernel", op.kernel)?;
     prefixes("pooled slots of a segment", op.lens, rows)

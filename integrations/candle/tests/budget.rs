@@ -26,9 +26,9 @@ fn model() -> Result<Llama> {
     tiny.load()
 }
 
-/// The published combinations that score from the prompt alone.
+/// The published combinations that score from the prompt alone, or from what is gathered of it.
 fn policies() -> Vec<PolicyConfig> {
-    let all = PRESETS.iter().map(|name| preset(name).expect("a preset has its own name"));
+    let all = PRESETS.iter().chain(&["expected-attention"]).map(|name| preset(name).expect("a preset has its own name"));
     let needs = |p: &PolicyConfig| -> Needs {
         p.build::<kvbudget::backend::cpu::Cpu>().expect("presets build").needs()
     };
@@ -39,6 +39,9 @@ fn cache(model: &Llama, policy: PolicyConfig, budget: &str) -> Result<BudgetCach
     let budget = budget.parse().expect("the budget is well formed");
     let mut cache =
         BudgetCache::new(model.geometry()?, model.output_projections(), policy, budget)?;
+    if cache.wants_rope() {
+        cache = cache.with_rope(model.rope()?);
+    }
     for _ in PROMPTS {
         cache.add_sequence()?;
     }

@@ -5,6 +5,7 @@
 
 mod attend;
 mod descent;
+mod expected_attention;
 mod intrinsics;
 mod isa;
 mod key_scores;
@@ -27,8 +28,8 @@ use std::sync::{Arc, Mutex};
 use half::{bf16, f16};
 
 use super::ops::{
-    Attend, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency, TopK, ValueNorm,
-    WindowAttention,
+    Attend, ExpectedAttention, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency, TopK,
+    ValueNorm, WindowAttention,
 };
 use super::{AttendView, Backend, check};
 use crate::dtype::Dtype;
@@ -38,6 +39,7 @@ use crate::view::{LayerView, Storage};
 use tile::Aligned;
 
 pub(crate) use intrinsics::{LINE, Streamed, prefetch};
+pub(crate) use tile::{gram, widen_rows};
 pub use isa::Isa;
 
 /// Borrowed elements on the host.
@@ -174,6 +176,14 @@ impl Backend for Cpu {
         out: &mut Ragged<f32>,
     ) -> Result<()> {
         self.run(|| projection::run(self.isa, op, layers, out))
+    }
+    fn expected_attention(
+        &self,
+        op: ExpectedAttention,
+        layers: &[HostLayer<'_>],
+        out: &mut Ragged<f32>,
+    ) -> Result<()> {
+        self.run(|| expected_attention::run(self.isa, op, layers, out))
     }
     fn pool(&self, op: &Pool<'_>, rows: &mut Ragged<f32>) -> Result<()> {
         self.run(|| pool::run(op, rows))

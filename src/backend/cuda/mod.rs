@@ -12,6 +12,7 @@ mod append;
 mod attend;
 pub mod cache;
 mod driver;
+mod expected_attention;
 mod floats;
 mod gather;
 mod key_scores;
@@ -40,8 +41,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::ops::{
-    Attend, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency, TopK, ValueNorm,
-    WindowAttention,
+    Attend, ExpectedAttention, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency, TopK,
+    ValueNorm, WindowAttention,
 };
 use super::{AttendView, Backend, check};
 use crate::dtype::{Dtype, Element};
@@ -232,6 +233,14 @@ impl Backend for Cuda {
     ) -> Result<()> {
         projection::run(self, op, layers, out)
     }
+    fn expected_attention(
+        &self,
+        op: ExpectedAttention,
+        layers: &[DeviceLayer<'_>],
+        out: &mut Floats,
+    ) -> Result<()> {
+        expected_attention::run(self, op, layers, out)
+    }
     fn pool(&self, op: &Pool<'_>, rows: &mut Floats) -> Result<()> {
         pool::run(self, op, rows)
     }
@@ -369,6 +378,7 @@ fn signatures() -> Vec<ptx::tests::Signature> {
         residual::signatures(),
         saliency::signatures(),
         attend::signatures(),
+        expected_attention::signatures(),
     ]
     .into_iter()
     .flatten()

@@ -11,6 +11,7 @@ pub(super) const FILES: &[(&str, &str)] = files! {
     "attend"
     "attend_mma"
     "compact"
+    "expected_attention"
     "gather"
     "key_scores"
     "lag"

@@ -4,6 +4,7 @@
 //! from. Shares parameter structs with the crate under test, and no code.
 
 mod attend;
+mod expected_attention;
 mod key_scores;
 mod lag;
 mod pool;
@@ -16,6 +17,7 @@ mod value_norm;
 mod window_attention;
 
 pub use attend::attend;
+pub use expected_attention::expected_attention;
 pub use key_scores::{key_diff, key_norm};
 pub use lag::lag;
 pub use num_traits::Float;

@@ -4,6 +4,7 @@
 //! rows start as NaN, so that what an operation does not write is noticed.
 
 pub mod attend;
+pub mod expected_attention;
 pub mod key_scores;
 pub mod lag;
 pub mod pool;
@@ -33,6 +34,7 @@ macro_rules! for_each_case {
         $crate::$then! { $($args)*;
             attend: lengths queries shapes storage dims row_blocks ragged_heads splits many_heads batches peaky non_finite
                 errors;
+            expected_attention: lengths sinks shapes storage compressed batches peaky non_finite errors;
             key_scores: norms differences storage wide magnitudes no_direction non_finite recency random errors;
             lag: cross_scores ranks storage wide ties short_heads flat_channels non_finite errors;
             pool: averages maxima non_finite errors;
@@ -44,7 +46,7 @@ macro_rules! for_each_case {
             top_k: lengths values floors contests tiles parts random_problems pins drops masses free_masses errors;
             top_k_golden: cases;
             value_norm: lengths shapes widths blocks storage batches compressed zeros gram_shapes gram_widths gram_channels
-                gram_batches gram_zeros errors;
+                gram_batches gram_zeros plain errors;
             window_attention: lengths windows reductions shapes dims many_rows long_rows storage log_sum_exps keys
                 gaps compressed batches probes non_finite errors;
         }
