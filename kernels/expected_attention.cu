@@ -12,7 +12,7 @@
 //
 // Query heads, logits and sums are numbered by groups[s].first. NaN among the logits makes the sum NaN, and with it all of the head.
 // Logits take 2 D * D flops each, on tensor cores (see quadratic.cuh). They stay in memory, 4 bytes for the 2 D of a key and query head's
-// share in it: read three times, from L2. One block adds up a query head: 32 values of a thread's at T = 16384.
+// share in it: read three times, from L2. One block adds up a query head.
 // Source: ExpectedAttention (arXiv 2510.00636).
 // gates: expected_attention_logits_* HMMA.16816.F32.BF16 LDG.E.128 !LDS !BAR
 // gates: expected_attention_sums MUFU.EX2 DADD registers<=64
@@ -20,6 +20,8 @@
 #include "quadratic.cuh"
 
 constexpr u32 TILE = 1024;
+// Threads of a sum, and what each has in flight.
+constexpr u32 THREADS = 512, BATCH = 8;
 
 template <class T, int D>
 __device__ inline void expected_logits(const Rows* keys, const u32* pages, const Group* groups, const u32* lengths,
@@ -32,7 +34,7 @@ __device__ inline void expected_logits(const Rows* keys, const u32* pages, const
             global(logits[group.first + head])[slot] = fabsf(logit) < INFINITE ? logit : __int_as_float(0x7fffffff);
     };
     vectors += (u64)group.first * dim;
-    quadratic_forms<T, D>(keys[blockIdx.y], pages, length, dim, group.heads, fragments, vectors, store);
+    quadratic_forms<T, D, true>(keys[blockIdx.y], pages, length, dim, group.heads, fragments, vectors, store);
 }
 
 #define EXPECTED_LOGITS(NAME, T, D)                                                                                    \
@@ -51,7 +53,7 @@ EXPECTED_LOGITS(f32, OfF32, 256)
 
 __device__ inline float weight(float logit, float largest) { return exp2_approx((logit - largest) * LOG2_E); }
 
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(THREADS)
     expected_attention_sums(const float* const* logits, const Group* groups, const u32* lengths, const u32* starts,
                             float2* sums) {
     __shared__ float scratch[32];
@@ -61,12 +63,23 @@ extern "C" __global__ void __launch_bounds__(512)
     u32 query = group.first + blockIdx.x, length = lengths[group.row], start = starts[group.row];
     const float* row = global(logits[query]);
     float largest = -INFINITE;
-#pragma unroll 4
-    for (u32 slot = start + threadIdx.x; slot < length; slot += blockDim.x) largest = fmaxf(largest, row[slot]);
+    for (u32 slot = start + threadIdx.x; slot < length; slot += BATCH * THREADS) {
+        float x[BATCH];
+#pragma unroll
+        for (u32 i = 0; i < BATCH; ++i) x[i] = row[min(slot + i * THREADS, length - 1)];
+#pragma unroll
+        for (u32 i = 0; i < BATCH; ++i) largest = fmaxf(largest, x[i]);
+    }
     largest = block_reduce<Max>(largest, scratch);
     double sum = 0.0;
-#pragma unroll 4
-    for (u32 slot = start + threadIdx.x; slot < length; slot += blockDim.x) sum += (double)weight(row[slot], largest);
+    for (u32 slot = start + threadIdx.x; slot < length; slot += BATCH * THREADS) {
+        float x[BATCH];
+#pragma unroll
+        for (u32 i = 0; i < BATCH; ++i) x[i] = row[min(slot + i * THREADS, length - 1)];
+#pragma unroll
+        for (u32 i = 0; i < BATCH; ++i)
+            if (slot + i * THREADS < length) sum += (double)weight(x[i], largest);
+    }
     sum = block_reduce<WideSum>(sum, wide);
     if (threadIdx.x == 0) sums[query] = make_float2(largest, (float)(1.0 / sum));
 }

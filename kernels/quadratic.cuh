@@ -69,9 +69,9 @@ template <class T, int D> struct Shape {
 };
 
 // Calls each(head, i, slot, form) for the forms of a thread's rows with each of `heads` matrices, whose fragments lie one after the
-// other, and vectors b [heads][dim], if there are any. Row i of 2 M is that of `slot`, which may lie past the last; the four lanes of a
+// other, and, where AFFINE, with vectors b [heads][dim]. Row i of 2 M is that of `slot`, which may lie past the last; the four lanes of a
 // quad have the same.
-template <class T, int D, class Each>
+template <class T, int D, bool AFFINE, class Each>
 __device__ inline void quadratic_forms(const Rows& rows, const u32* pages, u32 length, u32 dim, u32 heads,
                                        const uint4* fragments, const float* vectors, Each each) {
     using Chunk = typename T::Chunk;
@@ -140,8 +140,8 @@ __device__ inline void quadratic_forms(const Rows& rows, const u32* pages, u32 l
             }
             u32 column = channel_of(n, quad, 0, 0);
             if (column >= dim) continue;
-            const float4* of_head = reinterpret_cast<const float4*>(vectors + head * dim);
-            float4 vector = vectors ? of_head[column / 4] : make_float4(0, 0, 0, 0);
+            float b[4];
+            if constexpr (AFFINE) F32Chunk::widen(*reinterpret_cast<const uint4*>(vectors + head * dim + column), b);
 #pragma unroll
             for (u32 i = 0; i < 2 * M; ++i) {
                 u32 m = i / 2, r = i % 2;
@@ -151,7 +151,7 @@ __device__ inline void quadratic_forms(const Rows& rows, const u32* pages, u32 l
 #pragma unroll
                 for (u32 e = 0; e < 4; ++e) {
                     float product = c[0][m][e / 2][r * 2 + e % 2] + c[1][m][e / 2][r * 2 + e % 2];
-                    if (vectors) product += (&vector.x)[e];
+                    if constexpr (AFFINE) product += b[e];
                     sum[e / 2] += product * x[e];
                 }
                 form[m][r] += sum[0] + sum[1];

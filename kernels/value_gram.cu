@@ -144,7 +144,7 @@ __device__ inline void value_gram(const Rows* values, const u32* pages, const Gr
         if (head + 1 == group.heads && lane_id() % 4 == 0 && slot < length)
             global(norms[group.row])[slot] = norm[i] / group.heads;
     };
-    quadratic_forms<T, D>(values[blockIdx.y], pages, length, dim, group.heads, fragments, nullptr, add);
+    quadratic_forms<T, D, false>(values[blockIdx.y], pages, length, dim, group.heads, fragments, nullptr, add);
 }
 
 #define VALUE_GRAM(NAME, T, D)                                                                                         \

@@ -11,8 +11,8 @@ use crate::error::{Error, Result};
 use crate::policy::{PolicyConfig, TwoStage};
 use crate::profile::Profile;
 use crate::score::{
-    AnDPro, Defensive, Expected, GuiKv, H2o, KNorm, KeyDiff, LagKv, Probe, Random, Reach, Reconstruct,
-    ScorerConfig, SnapKv, Streaming, Tova,
+    AnDPro, Defensive, Expected, GuiKv, H2o, KNorm, KeyDiff, LagKv, Probe, Random, Reach,
+    Reconstruct, ScorerConfig, SnapKv, Streaming, Tova,
 };
 use crate::select::{Align, Protect};
 use crate::spans::SpanKind;

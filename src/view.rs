@@ -368,7 +368,11 @@ impl<'a, S: Storage> LayerView<'a, S> {
     /// Mean and covariance of the queries to come.
     pub fn with_expected(mut self, expected: &'a ExpectedQueries) -> Result<Self> {
         let shape = expected.shape();
-        expect("query heads of the expected queries", self.shape.query_heads(), shape.query_heads())?;
+        expect(
+            "query heads of the expected queries",
+            self.shape.query_heads(),
+            shape.query_heads(),
+        )?;
         expect("head dim of the expected queries", self.shape.head_dim(), shape.head_dim())?;
         self.expected = Some(expected);
         Ok(self)

@@ -8,8 +8,8 @@ use std::path::Path;
 
 use kvbudget::backend::cpu::{Cpu, HostSlice};
 use kvbudget::{
-    Budget, Dtype, ExpectedQueries, Geometry, LayerId, LayerShape, LayerView, Pairs, Planner, Policy,
-    Position, QueryMoments, Reference, Rope, Rows, preset, reference,
+    Budget, Dtype, ExpectedQueries, Geometry, LayerId, LayerShape, LayerView, Pairs, Planner,
+    Policy, Position, QueryMoments, Reference, Rope, Rows, preset, reference,
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -208,7 +208,10 @@ fn expected_attention() {
         assert_eq!(got.len(), want.len(), "{name}");
         let largest = want.iter().fold(0f32, |a, x| a.max(x.abs()));
         for (i, (got, want)) in got.iter().zip(want).enumerate() {
-            assert!((got - want).abs() <= 1e-5 * largest, "{name} {i}: {want} published, {got} here");
+            assert!(
+                (got - want).abs() <= 1e-5 * largest,
+                "{name} {i}: {want} published, {got} here"
+            );
         }
     };
     let all = |of: fn(&ExpectedQueries, usize) -> &[f32]| {

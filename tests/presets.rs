@@ -71,7 +71,8 @@ impl Model {
         let spans = frames.map(|positions| Span { kind: SpanKind::Frame, positions }).collect();
         let spans = Spans::new(spans).unwrap();
         let heads = heads.to_vec();
-        let expected = heads.iter().zip(&layers).map(|(heads, [_, _, q, _])| expected(tokens, heads, q));
+        let expected =
+            heads.iter().zip(&layers).map(|(heads, [_, _, q, _])| expected(tokens, heads, q));
         let expected = expected.collect::<Result<_>>().unwrap();
         Self { tokens, heads, layers, probes, norms, expected, spans }
     }

@@ -20,8 +20,8 @@ use crate::error::Result;
 use crate::ragged::Ragged;
 use crate::view::{LayerView, Rows, Storage};
 use ops::{
-    Attend, ExpectedAttention, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency, TopK,
-    ValueNorm, WindowAttention,
+    Attend, ExpectedAttention, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency,
+    TopK, ValueNorm, WindowAttention,
 };
 
 /// The query rows, keys and values of one [`Backend::attend`] call for one sequence.

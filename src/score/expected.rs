@@ -36,11 +36,7 @@ pub struct Expected {
     /// Norm of a value.
     pub value_norm: ValueNorm,
 }
-parameters!(Expected {
-    sinks: "an integer",
-    epsilon: "a number",
-    value_norm: "l1, l2 or plain",
-});
+parameters!(Expected { sinks: "an integer", epsilon: "a number", value_norm: "l1, l2 or plain" });
 
 impl Default for Expected {
     fn default() -> Self {

@@ -14,9 +14,12 @@ fn with_expected() -> Tensors {
     let mut tensors = Tensors::noise(SMALL, Dtype::F32);
     for l in 0..SMALL.layers {
         let keys = tensors.get(&format!("l{l}.k")).data.clone();
-        let row = |head: usize, slot: usize| (head * tokens + slot) * dim..(head * tokens + slot + 1) * dim;
+        let row = |head: usize, slot: usize| {
+            (head * tokens + slot) * dim..(head * tokens + slot + 1) * dim
+        };
         let of = |query_head: usize| row(query_head / (query_heads / heads), 24);
-        let mean = (0..query_heads).flat_map(|q| keys[of(q)].iter().map(|x| 20.0 * x).collect::<Vec<_>>());
+        let mean =
+            (0..query_heads).flat_map(|q| keys[of(q)].iter().map(|x| 20.0 * x).collect::<Vec<_>>());
         let values = [
             ("mean", vec![query_heads, dim], mean.collect()),
             ("covariance", vec![query_heads, dim, dim], vec![0.0; query_heads * dim * dim]),

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvbudget::backend::cpu::{Cpu, HostSlice};
 use kvbudget::backend::ops::{
-    Attend, ExpectedAttention, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency, TopK,
-    ValueNorm, WindowAttention,
+    Attend, ExpectedAttention, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency,
+    TopK, ValueNorm, WindowAttention,
 };
 use kvbudget::backend::{AttendView, Backend};
 use kvbudget::{LayerView, Ragged, Result};

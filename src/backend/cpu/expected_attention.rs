@@ -98,10 +98,9 @@ impl Stat {
 
     fn with(self, other: Self) -> Self {
         let max = self.max.max(other.max);
-        let part = |stat: Self| match stat.sum {
-            0.0 => 0.0,
-            sum => sum * weight(stat.max, max),
-        };
+        // Of no logits there is no maximum.
+        let part =
+            |stat: Self| if stat.sum == 0.0 { 0.0 } else { stat.sum * weight(stat.max, max) };
         Self { max, sum: part(self) + part(other) }
     }
 }

@@ -28,8 +28,8 @@ use std::sync::{Arc, Mutex};
 use half::{bf16, f16};
 
 use super::ops::{
-    Attend, ExpectedAttention, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency, TopK,
-    ValueNorm, WindowAttention,
+    Attend, ExpectedAttention, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency,
+    TopK, ValueNorm, WindowAttention,
 };
 use super::{AttendView, Backend, check};
 use crate::dtype::Dtype;
@@ -39,8 +39,8 @@ use crate::view::{LayerView, Storage};
 use tile::Aligned;
 
 pub(crate) use intrinsics::{LINE, Streamed, prefetch};
-pub(crate) use tile::{gram, widen_rows};
 pub use isa::Isa;
+pub(crate) use tile::{gram, widen_rows};
 
 /// Borrowed elements on the host.
 #[derive(Debug, Clone, Copy)]

@@ -36,11 +36,7 @@ pub(super) fn key_norm(cuda: &Cuda, layers: &[DeviceLayer<'_>], out: &mut Floats
 }
 
 /// `‖v‖₂` per slot, into rows that have been checked.
-pub(super) fn value_norm(
-    cuda: &Cuda,
-    layers: &[DeviceLayer<'_>],
-    out: &mut Floats,
-) -> Result<()> {
+pub(super) fn value_norm(cuda: &Cuda, layers: &[DeviceLayer<'_>], out: &mut Floats) -> Result<()> {
     norms(cuda, layers, Heads::values(layers)?, 1.0, out)
 }
 

@@ -41,8 +41,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::ops::{
-    Attend, ExpectedAttention, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency, TopK,
-    ValueNorm, WindowAttention,
+    Attend, ExpectedAttention, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency,
+    TopK, ValueNorm, WindowAttention,
 };
 use super::{AttendView, Backend, check};
 use crate::dtype::{Dtype, Element};

@@ -31,9 +31,8 @@ fn oracle<F: Float>(layer: &Layer, h: usize, sinks: u32) -> Vec<F> {
 
 fn check<D: TestDevice>(device: &D, case: impl Debug, layers: &[Layer], sinks: u32) {
     let op = ExpectedAttention { sinks };
-    let got = scored(device, layers, |backend, views, out| {
-        backend.expected_attention(op, views, out)
-    });
+    let got =
+        scored(device, layers, |backend, views, out| backend.expected_attention(op, views, out));
     let (want, baseline) = (|l: &Layer, h| oracle(l, h, sinks), |l: &Layer, h| oracle(l, h, sinks));
     Expected::of_heads(layers, want, baseline).check(&(case, sinks), got, Scale::Row);
 }
@@ -136,7 +135,8 @@ pub fn non_finite<D: TestDevice>(device: &D) {
 pub fn errors<D: TestDevice>(device: &D) {
     let op = ExpectedAttention { sinks: 4 };
     let bare = [Spec::default().build()];
-    let run = scored(device, &bare, |backend, views, out| backend.expected_attention(op, views, out));
+    let run =
+        scored(device, &bare, |backend, views, out| backend.expected_attention(op, views, out));
     fails(&"no expected queries", run);
     let mut out = poisoned(device, &[37, 36]);
     with_layers(device, &[base().build()], |views| {
