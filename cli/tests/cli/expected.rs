@@ -8,28 +8,24 @@ use serde_json::Value;
 
 use crate::support::{SMALL, Sizes, Tensors, Values, fails, folder, succeeds};
 
-/// All queries to come look for the key of slot 24; slot 30 has the largest value.
+/// All queries to come look along a direction in which the key of slot 24 is the largest; slot 30 has the largest value.
 fn with_expected() -> Tensors {
     let Sizes { query_heads, heads, tokens, dim, .. } = SMALL;
     let mut tensors = Tensors::noise(SMALL, Dtype::F32);
     for l in 0..SMALL.layers {
-        let keys = tensors.get(&format!("l{l}.k")).data.clone();
-        let row = |head: usize, slot: usize| {
-            (head * tokens + slot) * dim..(head * tokens + slot + 1) * dim
-        };
-        let of = |query_head: usize| row(query_head / (query_heads / heads), 24);
-        let mean =
-            (0..query_heads).flat_map(|q| keys[of(q)].iter().map(|x| 20.0 * x).collect::<Vec<_>>());
-        let values = [
-            ("mean", vec![query_heads, dim], mean.collect()),
-            ("covariance", vec![query_heads, dim, dim], vec![0.0; query_heads * dim * dim]),
-        ];
-        for (name, shape, data) in values {
-            let name = format!("l{l}.expected_{name}");
-            tensors.0.insert(name, Values { dtype: Dtype::F32, shape, data });
+        for (kind, slot, x) in [("k", 24, 4.0), ("v", 30, 9.0)] {
+            let row = |head: usize| (head * tokens + slot) * dim..(head * tokens + slot + 1) * dim;
+            let data = &mut tensors.get(&format!("l{l}.{kind}")).data;
+            (0..heads).for_each(|head| data[row(head)].fill(x));
         }
-        let values = tensors.get(&format!("l{l}.v"));
-        (0..heads).for_each(|head| values.data[row(head, 30)].fill(9.0));
+        for (name, shape, x) in [
+            ("mean", vec![query_heads, dim], 10.0),
+            ("covariance", vec![query_heads, dim, dim], 0.0),
+        ] {
+            let data = vec![x; shape.iter().product()];
+            let values = Values { dtype: Dtype::F32, shape, data };
+            tensors.0.insert(format!("l{l}.expected_{name}"), values);
+        }
     }
     tensors
 }
@@ -63,7 +59,7 @@ fn what_is_expected_stays_or_with_epsilon_what_is_large() {
 fn what_is_missing_or_malformed_is_named() {
     let folder = folder("x_missing");
     let plan = ["plan", "d", "--policy", "expected-attention", "--budget", "50%"];
-    let mut refused = |tensors: Tensors, words: &[&str]| {
+    let refused = |tensors: Tensors, words: &[&str]| {
         fs::write(folder.join("d"), tensors.bytes()).unwrap();
         fails(&folder, &plan, words);
     };

@@ -10,6 +10,7 @@ mod append;
 mod attend;
 mod compact;
 mod edit;
+mod expected_attention;
 mod gather;
 mod key_scores;
 mod lag;
@@ -60,6 +61,7 @@ const MUTANTS: &[&[Mutant]] = &[
     append::MUTANTS,
     attend::MUTANTS,
     compact::MUTANTS,
+    expected_attention::MUTANTS,
     gather::MUTANTS,
     key_scores::MUTANTS,
     lag::MUTANTS,

@@ -37,11 +37,13 @@ fn check<D: TestDevice>(device: &D, case: impl Debug, layers: &[Layer], sinks: u
     Expected::of_heads(layers, want, baseline).check(&(case, sinks), got, Scale::Row);
 }
 
-/// Around every unit a kernel may work in, and its blocks.
+/// Around every unit a kernel may work in, and its blocks; more than a block adds up at once.
 pub fn lengths<D: TestDevice>(device: &D) {
     for tokens in LENGTHS.into_iter().filter(|&n| n > 0) {
         check(device, tokens, &[Spec { tokens, ..base() }.build()], 4);
     }
+    let long = Spec { tokens: 4500, kv_heads: 1, group: 1, dim: 8, ..base() };
+    check(device, "long", &[long.build()], 4);
 }
 
 /// No sinks, one, none but sinks, more than there are tokens.
