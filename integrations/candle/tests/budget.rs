@@ -291,6 +291,29 @@ fn trigger_keeps_the_budget() -> Result<()> {
     Ok(())
 }
 
+/// What a question adds to the statistics of queries goes again with it, and a copy's own are not those of its source.
+#[test]
+fn rolled_back_questions_leave_no_trace() -> Result<()> {
+    let model = model()?;
+    let policy = || preset("expected-attention").expect("a preset");
+    let (config, half): (_, Budget) = (policy(), "50%".parse().expect("a budget"));
+    let built = policy().build().expect("presets build");
+    let none = Span::new(0, 0);
+    let mut cache = cache(&model, config, "50%")?;
+    model.forward(&tiny_ids(100), &[Span::new(0, 100), none, none], &mut cache)?;
+    let before = cache.plan(0, &built, half)?;
+    let mark = cache.sequences()[0].mark();
+    let copy = cache.sequences()[0].gather(&before, 60).expect("the plan fits");
+    cache.push_sequence(copy);
+    model.forward(&tiny_ids(60), &[Span::new(100, 60), none, none, none], &mut cache)?;
+    let longer = cache.plan(0, &built, half)?;
+    cache.sequence_mut(0)?.roll_back(&mark)?;
+    assert_eq!(cache.plan(0, &built, half)?, before);
+    model.forward(&tiny_ids(60), &[Span::new(100, 60), none, none, none], &mut cache)?;
+    assert_eq!(cache.plan(0, &built, half)?, longer);
+    Ok(())
+}
+
 /// One dense prefill, many compressed copies; planning changes nothing.
 #[test]
 fn forks_leave_their_source_alone() -> Result<()> {
@@ -299,7 +322,8 @@ fn forks_leave_their_source_alone() -> Result<()> {
     let dense = preset("random").expect("a preset");
     let whole: Budget = "100%".parse().expect("a budget");
     let mut source = BudgetCache::new(geometry, model.output_projections(), dense.clone(), whole)?
-        .with_queries(Queries::All);
+        .with_queries(Queries::All)
+        .with_rope(model.rope()?);
     source.add_sequence()?;
     model.forward(&tiny_ids(100), &[Span::new(0, 100)], &mut source)?;
     let mut forks = cache(&model, dense, "100%")?;

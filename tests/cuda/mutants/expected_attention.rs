@@ -11,7 +11,7 @@ mutants! {
         "expected_attention_logits_bf16_128": "one of four lanes forgotten",
             [0..1, 8] "shfl.sync.bfly.b32 $1|$2, $3, $4, $5, $6;" => "mov.b32 $1, $3;"; Reference;
         "expected_attention_logits_bf16_128": "slots past the last",
-            [0..4, 4] "and.pred $1, $2, $3;" => "mov.pred $1, $2;"; By(OutOfBounds);
+            [0..4, 4] "and.pred $1, $2, $3;" => "mov.pred $1, $2;"; By(OutOfBounds), RACE;
         "expected_attention_logits_bf16_128": "no mean",
             [0..1, 1] "ld.global.v4.f32 {$1, $2, $3, $4}, [$5];" => "mov.f32 $1, 0f00000000; mov.f32 $2, 0f00000000; \
              mov.f32 $3, 0f00000000; mov.f32 $4, 0f00000000;"; Reference;
