@@ -1,7 +1,7 @@
 // Scores of slots from their keys, or from their positions alone. Row r of `out` has lengths[r] slots; k is a key of its
 // head, D numbers in `chunks` times 16 bytes, D <= 256.
 //
-//   key_norm_T:      out[r][t] = -|k|
+//   key_norm_T:      out[r][t] = sign * |k|; of keys with -1, of values with 1
 //   unit_keys_T_D:   anchors[r] = mean over t of k / max(|k|, 1e-12), divided by max(its norm, 1e-8)      f32 [r][D]
 //   key_cosine_T:    out[r][t] = -k . anchors[r] / max(|k|, 1e-8)
 //   recency:         out[r][t] = the float that is position - 2^30 floats above zero
@@ -52,7 +52,7 @@ __device__ inline float clamp(float x, float least) { return x < least ? least :
 
 template <class Chunk, bool COSINE>
 __device__ inline void score_keys(float* const* out, const u32* lengths, const Rows* heads, const u32* pages, u32 chunks,
-                                  const float* anchors) {
+                                  const float* anchors, float sign) {
     constexpr int GROUPS = 4, COUNT = Chunk::COUNT;
     __shared__ __align__(16) float anchor[COSINE ? MOST_DIM : 4];
     u32 segment = blockIdx.y, length = lengths[segment];
@@ -119,8 +119,8 @@ __device__ inline void score_keys(float* const* out, const u32* lengths, const R
     float score = 0.0f;
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
-        float norm = sqrtf(square[g]), of_group = -(norm / scale[g]);
-        if (COSINE) of_group = -(row_sum(dot[g]) / clamp(norm, 1e-8f * scale[g]));
+        float norm = sqrtf(square[g]), of_group = sign * (norm / scale[g]);
+        if (COSINE) of_group = sign * (row_sum(dot[g]) / clamp(norm, 1e-8f * scale[g]));
         if (part == g) score = of_group;
     }
     u32 slot = first + part * GROUP + row;
@@ -219,13 +219,13 @@ __device__ inline void sum_unit_keys(const u32* lengths, const Rows* heads, cons
 
 #define KEY_KERNELS(T, CHUNK)                                                                                          \
     extern "C" __global__ void __launch_bounds__(256) key_norm_##T(                                                    \
-        float* const* out, const u32* lengths, const Rows* heads, const u32* pages, u32 chunks) {                      \
-        score_keys<CHUNK, false>(out, lengths, heads, pages, chunks, nullptr);                                         \
+        float* const* out, const u32* lengths, const Rows* heads, const u32* pages, u32 chunks, float sign) {          \
+        score_keys<CHUNK, false>(out, lengths, heads, pages, chunks, nullptr, sign);                                   \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
         key_cosine_##T(float* const* out, const u32* lengths, const Rows* heads, const u32* pages, u32 chunks,         \
                        const float* anchors) {                                                                         \
-        score_keys<CHUNK, true>(out, lengths, heads, pages, chunks, anchors);                                          \
+        score_keys<CHUNK, true>(out, lengths, heads, pages, chunks, anchors, -1.0f);                                   \
     }
 KEY_KERNELS(f32, F32Chunk)
 KEY_KERNELS(f16, F16Chunk)

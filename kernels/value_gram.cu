@@ -14,12 +14,7 @@
 //                                   grid (ceil(longest / ROWS), segments), 256 threads; ROWS is 256 for bf16_128, else 128
 //
 // Every query head's matrix is made once per launch, whatever the number of sequences: hidden * D * D flops, on CUDA cores,
-// for 2 * T * hidden * D of the L1 norm's. The square is then D * D flops in place of 2 * hidden * D, of the
-// blocks of 16 x 16 on and above the diagonal (the others are those mirrored: what is above counts twice). Products are
-// as exact as f32's: a matrix is three bf16 terms, 24 bits; a value is one (bf16), two (f16) or three (f32), and products
-// below 2^-24 of the largest are left out, so that 3, 5 or 6 mma make one. A warp holds 16 or 32 values as fragments; those of
-// the matrices come from L1, one 16-byte access per lane and term, in an order of channels in which a lane's channels
-// of the accumulator are those that it has of the values: nothing passes through shared memory, and no warp waits for another.
+// for 2 * T * hidden * D of the L1 norm's. The square is then D * D flops in place of 2 * hidden * D: see quadratic.cuh.
 //
 // Predicted for H100, not measured: Llama-8B at T = 32768 in bf16, one layer: 58 Gflop on tensor cores and as much time in
 // L1, 0.06 ms at the peaks and 0.12 expected; 3.2 Gflop on CUDA cores for the matrices, 0.05 ms at the peak and 0.1 expected;
@@ -28,7 +23,7 @@
 // gates: value_gram_terms DADD STG.E.128==3
 // gates: value_gram_*16_* HMMA.16816.F32.BF16 LDG.E.128 !LDS !BAR
 // gates: value_gram_f32_* HMMA.16816.F32.BF16 LDG.E.128 !LDS !BAR
-#include "device.cuh"
+#include "quadratic.cuh"
 
 // The twin of `Columns` in src/backend/cuda/value_gram.rs.
 struct Columns {
@@ -37,26 +32,6 @@ struct Columns {
     u32 hidden;
     u32 unused;
 };
-// The twin of `Group`.
-struct Group {
-    u32 first, heads; // of the matrices
-    u32 row;          // of the norms and lengths
-};
-
-// Terms of a value, and how a chunk of 16 bytes is widened.
-struct OfBf16 {
-    using Chunk = Bf16Chunk;
-    static constexpr u32 TERMS = 1;
-};
-struct OfF16 {
-    using Chunk = F16Chunk;
-    static constexpr u32 TERMS = 2;
-};
-struct OfF32 {
-    using Chunk = F32Chunk;
-    static constexpr u32 TERMS = 3;
-};
-constexpr u32 MATRIX_TERMS = 3;
 
 // A thread has 8 x 8 products, of rows and columns in two quads 32 apart.
 template <class Chunk> __device__ inline void sums(const Columns* heads, u32 dim, float* out) {
@@ -124,26 +99,6 @@ SUMS(bf16, Bf16Chunk)
 SUMS(f16, F16Chunk)
 SUMS(f32, F32Chunk)
 
-// The channel of element `pair * 2 + e` that lane `quad` of four has of a block of 16: each lane has eight consecutive ones
-// of two blocks.
-__device__ inline u32 channel_of(u32 block, u32 quad, u32 pair, u32 e) {
-    return block / 2 * 32 + quad * 8 + block % 2 * 4 + pair * 2 + e;
-}
-
-// Blocks of 16 x 16 of a matrix on and above its diagonal; a lane's channels come from two at a time.
-__device__ inline u32 blocks_of(u32 dim) {
-    u32 side = (dim + 31) / 32 * 2;
-    return side * (side + 1) / 2;
-}
-
-// x as a sum of bf16: takes the next term off.
-__device__ inline u32 next_term(float& low, float& high) {
-    u32 pair = Bf16::pack(low, high);
-    low -= __uint_as_float(pair << 16);
-    high -= __uint_as_float(pair & 0xffff0000);
-    return pair;
-}
-
 // Blocks (k, n) of 16 x 16, k <= n, in the order (0, 0), (0, 1), (1, 1), (0, 2), ...: a warp each. Terms [head][block][term][lane].
 extern "C" __global__ void __launch_bounds__(256)
     value_gram_terms(const float* sums, u32 parts, u32 dim, uint4* terms) {
@@ -167,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(256)
             sum += sums[(((u64)part * gridDim.y + blockIdx.y) * width + row) * width + column];
         g[p][r][e] = (float)(k < n ? 2.0 * sum : sum);
     }
-    terms += (((u64)blockIdx.y * blocks + block) * MATRIX_TERMS) * 32 + lane;
+    terms += (u64)blockIdx.y * fragments_of(dim) + block * MATRIX_TERMS * 32 + lane;
 #pragma unroll
     for (u32 term = 0; term < MATRIX_TERMS; ++term) {
         u32 words[2][2];
@@ -177,116 +132,19 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-// Four elements of a row from `column` on, a multiple of 4.
-template <class Chunk> __device__ inline void load_four(const char* row, u32 column, float (&x)[4]) {
-    if constexpr (Chunk::COUNT == 4) {
-        Chunk::widen(*reinterpret_cast<const uint4*>(row + column * 4), x);
-    } else {
-        uint2 words = *reinterpret_cast<const uint2*>(row + column * 2);
-        float wide[8];
-        Chunk::widen(make_uint4(words.x, words.y, 0, 0), wide);
-        for (u32 e = 0; e < 4; ++e) x[e] = wide[e];
-    }
-}
-
 template <class T, int D>
 __device__ inline void value_gram(const Rows* values, const u32* pages, const Group* groups, const u32* lengths,
                                   const uint4* terms, u32 dim, float* const* norms) {
-    using Chunk = typename T::Chunk;
-    // Blocks of 16 values per warp.
-    constexpr u32 M = T::TERMS * D <= 128 ? 2 : 1, ROWS = 8 * 16 * M;
     const Group group = groups[blockIdx.y];
-    u32 length = lengths[group.row], lane = lane_id(), quad = lane % 4;
-    u32 first = blockIdx.x * ROWS + warp_id() * 16 * M + lane / 4;
-    if (first - lane / 4 >= length) return;
-
-    const Rows rows = values[blockIdx.y];
-    const char* row[M][2];
-    u32 a[M][T::TERMS][D / 16][4];
-#pragma unroll
-    for (u32 m = 0; m < M; ++m)
-#pragma unroll
-        for (u32 r = 0; r < 2; ++r) {
-            u32 slot = first + m * 16 + r * 8;
-            row[m][r] = global(rows.at(min(slot, length - 1), pages));
-#pragma unroll
-            for (u32 b = 0; b < D / 32; ++b) {
-                u32 column = b * 32 + quad * 8;
-                if constexpr (T::TERMS == 1) {
-                    const uint4* from = reinterpret_cast<const uint4*>(row[m][r]) + column / 8;
-                    uint4 words = column < dim ? *from : make_uint4(0, 0, 0, 0);
-                    a[m][0][b * 2][r] = words.x, a[m][0][b * 2][2 + r] = words.y;
-                    a[m][0][b * 2 + 1][r] = words.z, a[m][0][b * 2 + 1][2 + r] = words.w;
-                    continue;
-                }
-                float x[8] = {};
-#pragma unroll
-                for (u32 e = 0; e < 8; e += Chunk::COUNT)
-                    if (column + e < dim) {
-                        float wide[Chunk::COUNT];
-                        Chunk::widen(reinterpret_cast<const uint4*>(row[m][r])[(column + e) / Chunk::COUNT], wide);
-#pragma unroll
-                        for (u32 i = 0; i < Chunk::COUNT; ++i) x[e + i] = wide[i];
-                    }
-#pragma unroll
-                for (u32 term = 0; term < T::TERMS; ++term)
-#pragma unroll
-                    for (u32 i = 0; i < 4; ++i)
-                        a[m][term][b * 2 + i / 2][i % 2 * 2 + r] = next_term(x[i * 2], x[i * 2 + 1]);
-            }
-        }
-
-    float norm[M][2] = {};
-    const uint4* fragments = terms + (u64)group.first * blocks_of(dim) * MATRIX_TERMS * 32 + lane;
-#pragma unroll 1
-    for (u32 head = 0; head < group.heads; ++head) {
-        float square[M][2] = {};
-#pragma unroll 1
-        for (u32 n = 0; n < (dim + 31) / 32 * 2; ++n) {
-            // The largest products, and the others: their roundings are not those of large sums.
-            float c[2][M][2][4] = {};
-#pragma unroll
-            for (u32 k = 0; k < D / 16; ++k) {
-                if (k > n) break;
-#pragma unroll
-                for (u32 j = 0; j < MATRIX_TERMS; ++j, fragments += 32) {
-                    uint4 b = *fragments;
-#pragma unroll
-                    for (u32 i = 0; i < T::TERMS && i + j < 3; ++i)
-#pragma unroll
-                        for (u32 m = 0; m < M; ++m) {
-                            Bf16::multiply_add(c[i + j > 0][m][0], a[m][i][k], b.x, b.y);
-                            Bf16::multiply_add(c[i + j > 0][m][1], a[m][i][k], b.z, b.w);
-                        }
-                }
-            }
-            u32 column = channel_of(n, quad, 0, 0);
-            if (column < dim)
-#pragma unroll
-                for (u32 i = 0; i < 2 * M; ++i) {
-                    u32 m = i / 2, r = i % 2;
-                    float x[4];
-                    load_four<Chunk>(row[m][r], column, x);
-                    float sum[2] = {};
-#pragma unroll
-                    for (u32 e = 0; e < 4; ++e)
-                        sum[e / 2] += (c[0][m][e / 2][r * 2 + e % 2] + c[1][m][e / 2][r * 2 + e % 2]) * x[e];
-                    square[m][r] += sum[0] + sum[1];
-                }
-        }
-#pragma unroll
-        for (u32 i = 0; i < 2 * M; ++i) {
-            float sum = square[i / 2][i % 2];
-            for (u32 other = 1; other <= 2; other *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, other);
-            norm[i / 2][i % 2] += fabsf(sum) < INFINITE ? sqrtf(fmaxf(sum, 0.0f)) : __int_as_float(0x7fffffff);
-        }
-    }
-    float* out = global(norms[group.row]);
-#pragma unroll
-    for (u32 i = 0; i < 2 * M; ++i) {
-        u32 slot = first + i / 2 * 16 + i % 2 * 8;
-        if (quad == 0 && slot < length) out[slot] = norm[i / 2][i % 2] / group.heads;
-    }
+    u32 length = lengths[group.row];
+    const uint4* fragments = terms + (u64)group.first * fragments_of(dim);
+    float norm[2 * Shape<T, D>::M] = {};
+    auto add = [&](u32 head, u32 i, u32 slot, float square) {
+        norm[i] += fabsf(square) < INFINITE ? sqrtf(fmaxf(square, 0.0f)) : __int_as_float(0x7fffffff);
+        if (head + 1 == group.heads && lane_id() % 4 == 0 && slot < length)
+            global(norms[group.row])[slot] = norm[i] / group.heads;
+    };
+    quadratic_forms<T, D, false>(values[blockIdx.y], pages, length, dim, group.heads, fragments, nullptr, add);
 }
 
 #define VALUE_GRAM(NAME, T, D)                                                                                         \

@@ -36,7 +36,7 @@ pub struct TwoStage {
 parameters!(TwoStage {
     first_stage: "a fraction from 0 to 1",
     epsilon: "a number",
-    value_norm: "l1 or l2",
+    value_norm: "l1, l2 or plain",
 });
 
 impl Default for TwoStage {
@@ -223,9 +223,9 @@ impl<B: Backend> Policy<B> {
 
     /// What views must carry for this policy.
     pub fn needs(&self) -> Needs {
-        let needs = self.scorer.needs();
+        let (needs, stage) = (self.scorer.needs(), self.config.two_stage.as_ref());
         Needs {
-            o_proj: needs.o_proj || self.config.two_stage.is_some(),
+            o_proj: needs.o_proj || stage.is_some_and(|stage| stage.value_norm.projects()),
             spans: needs.spans || !self.config.protect.spans.is_empty(),
             ..needs
         }

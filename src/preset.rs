@@ -11,8 +11,8 @@ use crate::error::{Error, Result};
 use crate::policy::{PolicyConfig, TwoStage};
 use crate::profile::Profile;
 use crate::score::{
-    AnDPro, Cake, Defensive, GuiKv, H2o, KNorm, KeyDiff, LagKv, Probe, Random, Reach, Reconstruct,
-    ScorerConfig, SnapKv, Streaming, Tova,
+    AnDPro, Cake, Defensive, Expected, GuiKv, H2o, KNorm, KeyDiff, LagKv, Probe, Random, Reach,
+    Reconstruct, ScorerConfig, SnapKv, Streaming, Tova,
 };
 use crate::select::{Align, Protect};
 use crate::spans::SpanKind;
@@ -43,8 +43,8 @@ pub const PRESETS: &[&str] = &[
 /// Names of the presets that the engine tells more: `epicache` and `maskkv` look with a probe's queries
 /// ([`LayerView::with_probe`](crate::LayerView::with_probe)), and their layers are equal until something is known of them
 /// ([`LayerProfile`](crate::LayerProfile)); `maskkv` and `guikv` ask what stretches are ([`Spans`](crate::Spans)), `guikv` for the norms of
-/// hidden rows.
-pub const INFORMED: &[&str] = &["epicache", "maskkv", "guikv"];
+/// hidden rows; `expected-attention` for statistics of the queries ([`QueryMoments`](crate::QueryMoments)).
+pub const INFORMED: &[&str] = &["epicache", "maskkv", "guikv", "expected-attention"];
 
 /// A published combination with its defaults.
 pub fn preset(name: &str) -> Result<PolicyConfig> {
@@ -113,6 +113,11 @@ pub fn preset(name: &str) -> Result<PolicyConfig> {
             let scorer = GuiKv::default();
             let protect = recent(scorer.window);
             PolicyConfig { protect, ..plain(ScorerConfig::GuiKv(scorer)) }
+        }
+        "expected-attention" => {
+            let scorer = Expected::default();
+            let protect = Protect { sinks: scorer.sinks, ..Protect::default() };
+            PolicyConfig { protect, ..plain(ScorerConfig::Expected(scorer)) }
         }
         "reach" => PolicyConfig::default(),
         "reconstruct" => PolicyConfig {

@@ -8,6 +8,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::geometry::{LayerShape, MAX_LEN};
 use crate::ids::{KvHead, LayerId, Position};
+use crate::moments::ExpectedQueries;
 use crate::spans::Spans;
 
 /// Elements of one allocation: a slice on the CPU, a device pointer on CUDA.
@@ -238,8 +239,8 @@ impl<'a, S: Storage> Rows<'a, S> {
 }
 
 /// What one layer of one sequence lends for scoring: its cache and, where the method asks, queries,
-/// the output projection, the prefill's log-sum-exp, the norms of hidden rows, the positions of an already compressed
-/// cache, and what its stretches are.
+/// the output projection, the prefill's log-sum-exp, the norms of hidden rows, what queries are to be expected, the positions of
+/// an already compressed cache, and what its stretches are.
 #[derive(Debug, Clone, Copy)]
 pub struct LayerView<'a, S> {
     shape: LayerShape,
@@ -251,6 +252,7 @@ pub struct LayerView<'a, S> {
     o_proj: Option<Rows<'a, S>>,
     lse: Option<Rows<'a, S>>,
     hidden_norms: Option<Rows<'a, S>>,
+    expected: Option<&'a ExpectedQueries>,
     positions: Option<&'a [Vec<Position>]>,
     spans: Option<&'a Spans>,
 }
@@ -276,8 +278,21 @@ impl<'a, S: Storage> LayerView<'a, S> {
             }
         }
         let (q, probe, o_proj, lse, hidden_norms) = (None, None, None, None, None);
-        let (positions, spans) = (None, None);
-        Ok(Self { shape, tokens, k, v, q, probe, o_proj, lse, hidden_norms, positions, spans })
+        let (expected, positions, spans) = (None, None, None);
+        Ok(Self {
+            shape,
+            tokens,
+            k,
+            v,
+            q,
+            probe,
+            o_proj,
+            lse,
+            hidden_norms,
+            expected,
+            positions,
+            spans,
+        })
     }
 
     /// Queries `[Hq, W, D]` of the last `W` tokens, after RoPE.
@@ -347,6 +362,19 @@ impl<'a, S: Storage> LayerView<'a, S> {
             return Err(Error::Dtype { what: "hidden norms", expected, got });
         }
         self.hidden_norms = Some(norms);
+        Ok(self)
+    }
+
+    /// Mean and covariance of the queries to come.
+    pub fn with_expected(mut self, expected: &'a ExpectedQueries) -> Result<Self> {
+        let shape = expected.shape();
+        expect(
+            "query heads of the expected queries",
+            self.shape.query_heads(),
+            shape.query_heads(),
+        )?;
+        expect("head dim of the expected queries", self.shape.head_dim(), shape.head_dim())?;
+        self.expected = Some(expected);
         Ok(self)
     }
 
@@ -423,6 +451,11 @@ impl<'a, S: Storage> LayerView<'a, S> {
             .as_ref()
             .ok_or(Error::Missing { method, what: "norms of hidden rows (hidden_norms)" })
     }
+    /// Mean and covariance of the queries to come, or the error that names the method in need.
+    pub fn expected(&self, method: &'static str) -> Result<&'a ExpectedQueries> {
+        let what = "expected queries (expected_mean, expected_covariance)";
+        self.expected.ok_or(Error::Missing { method, what })
+    }
     /// What stretches of the sequence are, or the error that names the method in need.
     pub fn spans(&self, method: &'static str) -> Result<&'a Spans> {
         self.spans.ok_or(Error::Missing { method, what: "spans of the sequence (spans)" })
@@ -441,7 +474,7 @@ impl<'a, S: Storage> LayerView<'a, S> {
     }
 }
 
-fn expect(what: &'static str, expected: usize, got: usize) -> Result<()> {
+pub(crate) fn expect(what: &'static str, expected: usize, got: usize) -> Result<()> {
     if expected == got {
         return Ok(());
     }

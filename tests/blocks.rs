@@ -7,8 +7,9 @@ use kvbudget::plan::Promise;
 use kvbudget::score::{Needs, Queries};
 use kvbudget::{
     BlockPrefill, Books, Budget, CacheManager, Dtype, Error, Fraction, Geometry, INFORMED, Keep,
-    LayerId, LayerShape, LayerView, PRESETS, Plan, Planner, Policy, PolicyConfig, Position,
-    Profile, Ragged, Result, Rows, SpanKind, Spans, preset, profile::Point, profiled,
+    LayerId, LayerShape, LayerView, PRESETS, Pairs, Plan, Planner, Policy, PolicyConfig, Position,
+    Profile, QueryMoments, Ragged, Result, Rope, Rows, SpanKind, Spans, preset, profile::Point,
+    profiled,
 };
 use proptest::prelude::*;
 
@@ -138,6 +139,14 @@ impl Engine {
         if needs.hidden_norms {
             view =
                 view.with_hidden_norms(Rows::heads_first(HostSlice::F32(&norms), 1, tokens, 1)?)?;
+        }
+        let mut moments = QueryMoments::new(shape);
+        let all = rows(2, l, query_heads, 0..tokens);
+        let rope = Rope::with_base(10_000.0, DIM, Pairs::Neighbours)?;
+        moments.push_rotated(&lent(&all, tokens)?, &rope, 0)?;
+        let expected = moments.expected(&rope, tokens..tokens + QueryMoments::FUTURE)?;
+        if needs.expected_queries {
+            view = view.with_expected(&expected)?;
         }
         look(&view)
     }
@@ -343,7 +352,8 @@ fn the_table_of_needs_is_true() {
     configs.push(profiled_config());
     for config in &configs {
         let policy = config.build::<Cpu>().unwrap();
-        let Needs { queries, probe, o_proj, hidden_norms, spans, second_pass } = policy.needs();
+        let needs = policy.needs();
+        let Needs { queries, probe, o_proj, hidden_norms, expected_queries, .. } = needs;
         let queries = match queries {
             Queries::None => String::new(),
             Queries::Last(n) => format!("last {n}"),
@@ -355,11 +365,12 @@ fn the_table_of_needs_is_true() {
             mark(probe),
             mark(o_proj),
             mark(hidden_norms),
-            mark(spans),
-            mark(second_pass),
+            mark(expected_queries),
+            mark(needs.spans),
+            mark(needs.second_pass),
         ];
         let name = &config.name;
-        let got: Vec<&str> = row(name).split('|').skip(2).take(6).map(str::trim).collect();
+        let got: Vec<&str> = row(name).split('|').skip(2).take(7).map(str::trim).collect();
         assert_eq!(got, cells, "{name}");
     }
     let rows = table.lines().filter(|line| line.starts_with("| `")).count();

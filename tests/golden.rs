@@ -1,4 +1,4 @@
-//! Reference modes against the published codes: the vectors of `tests/golden/`, generated there.
+//! Reference modes, and ExpectedAttention, against the published codes: the vectors of `tests/golden/`, generated there.
 //!
 //! Kept positions must be equal; the vectors have no ties at a cut (`min_gap` says how far from one).
 //! Scores of the scorers that the published code exposes are compared as well.
@@ -8,8 +8,8 @@ use std::path::Path;
 
 use kvbudget::backend::cpu::{Cpu, HostSlice};
 use kvbudget::{
-    Budget, Dtype, Geometry, LayerId, LayerShape, LayerView, Planner, Policy, Position, Reference,
-    Rows, reference,
+    Budget, Dtype, ExpectedQueries, Geometry, LayerId, LayerShape, LayerView, Pairs, Planner,
+    Policy, Position, QueryMoments, Reference, Rope, Rows, preset, reference,
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -184,6 +184,57 @@ fn adakv() {
 #[test]
 fn defensivekv() {
     check("defensivekv", Reference::DefensiveKv, 20, &[]);
+}
+
+/// kvpress's ExpectedAttention: the statistics of queries before RoPE, the same after RoPE, and the scores.
+#[test]
+fn expected_attention() {
+    let stored = Input::read("expected.safetensors");
+    let (q, k, v) = (stored.rows("q"), stored.rows("k"), stored.rows("v"));
+    let (tokens, dim) = (q.len(0) as u32, q.dim());
+    let shape = LayerShape::new(q.heads() as u32, k.heads() as u32, dim as u32).unwrap();
+    let frequencies = stored.0["frequencies"].1.iter().map(|&f| f.into()).collect();
+    let rope = Rope::new(frequencies, Pairs::Halves).unwrap();
+
+    let mut moments = QueryMoments::new(shape);
+    let past = |data| {
+        let (head, row) = (tokens as usize * dim, dim);
+        Rows::strided(data, q.heads() as u32, tokens - 4, dim as u32, head, row).unwrap()
+    };
+    moments.push(&past(HostSlice::F32(&stored.0["q"].1[4 * dim..]))).unwrap();
+    let expected = moments.expected(&rope, tokens..tokens + QueryMoments::FUTURE).unwrap();
+    let close = |name: &str, got: Vec<f32>| {
+        let want = &stored.0[name].1;
+        assert_eq!(got.len(), want.len(), "{name}");
+        let largest = want.iter().fold(0f32, |a, x| a.max(x.abs()));
+        for (i, (got, want)) in got.iter().zip(want).enumerate() {
+            assert!(
+                (got - want).abs() <= 1e-5 * largest,
+                "{name} {i}: {want} published, {got} here"
+            );
+        }
+    };
+    let all = |of: fn(&ExpectedQueries, usize) -> &[f32]| {
+        (0..shape.query_heads()).flat_map(|head| of(&expected, head).to_vec()).collect()
+    };
+    close("mean", all(ExpectedQueries::mean));
+    close("covariance", all(ExpectedQueries::covariance));
+
+    let view = LayerView::new(shape, tokens, k, v).unwrap().with_expected(&expected).unwrap();
+    for (name, epsilon) in [("scores", "0"), ("scores-epsilon", "0.02")] {
+        let mut config = preset("expected-attention").unwrap();
+        config.set("epsilon", epsilon).unwrap();
+        let policy = config.build::<Cpu>().unwrap();
+        let scores = policy.score(&Cpu::new(), LayerId(0), &[view]).unwrap().scores;
+        let want = stored.0[name].1.chunks(tokens as usize);
+        for (h, (got, want)) in scores.iter().zip(want).enumerate() {
+            // Sinks are protected here, and padded there.
+            for (t, (&got, &want)) in got.iter().zip(want).enumerate().skip(4) {
+                let near = (got - want).abs() <= 2e-5 * want.abs();
+                assert!(near, "{name}, head {h}, slot {t}: {want} published, {got} here");
+            }
+        }
+    }
 }
 
 /// The comparison can fail: another parameter gives other positions.

@@ -6,9 +6,9 @@ use kvbudget::backend::cpu::{Cpu, HostLayer, HostSlice};
 use kvbudget::plan::Promise;
 use kvbudget::score::{Needs, Queries, Reconstruction};
 use kvbudget::{
-    Budget, Dtype, Error, Geometry, INFORMED, LayerId, LayerShape, LayerView, PRESETS, Plan,
-    Planner, PolicyConfig, Profile, Ragged, Reference, Result, Rows, Sequence, Span, SpanKind,
-    Spans, preset, profiled, reference,
+    Budget, Dtype, Error, ExpectedQueries, Geometry, INFORMED, LayerId, LayerShape, LayerView,
+    PRESETS, Pairs, Plan, Planner, PolicyConfig, Profile, QueryMoments, Ragged, Reference, Result,
+    Rope, Rows, Sequence, Span, SpanKind, Spans, preset, profiled, reference,
 };
 
 const DIM: u32 = 8;
@@ -33,8 +33,18 @@ struct Model {
     probes: Vec<Vec<f32>>,
     /// Norms of hidden rows, the same for all layers.
     norms: Vec<f32>,
+    /// What is expected of the queries to come, by layer.
+    expected: Vec<ExpectedQueries>,
     /// Two frames.
     spans: Spans,
+}
+
+/// From the queries of all tokens.
+fn expected(tokens: u32, &(hq, h): &(u32, u32), q: &[f32]) -> Result<ExpectedQueries> {
+    let rope = Rope::with_base(10_000.0, DIM, Pairs::Halves)?;
+    let mut moments = QueryMoments::new(LayerShape::new(hq, h, DIM)?);
+    moments.push_rotated(&Rows::heads_first(HostSlice::F32(q), hq, tokens, DIM)?, &rope, 0)?;
+    moments.expected(&rope, tokens..tokens + QueryMoments::FUTURE)
 }
 
 impl Model {
@@ -53,14 +63,18 @@ impl Model {
             let cache = h * tokens * DIM;
             [noise(cache), noise(cache), noise(hq * tokens * DIM), noise(HIDDEN * hq * DIM)]
         };
-        let layers = heads.iter().map(&mut layer).collect();
+        let layers: Vec<_> = heads.iter().map(&mut layer).collect();
         let probes = heads.iter().map(|&(hq, _)| noise(hq * PROBE * DIM)).collect();
         let norms = noise(tokens).into_iter().map(|x| 20.0 + x).collect();
         let frames = [tokens / 10..tokens / 2, tokens / 2 + 1..tokens * 9 / 10];
         let frames = frames.into_iter().filter(|frame| !frame.is_empty());
         let spans = frames.map(|positions| Span { kind: SpanKind::Frame, positions }).collect();
         let spans = Spans::new(spans).unwrap();
-        Self { tokens, heads: heads.to_vec(), layers, probes, norms, spans }
+        let heads = heads.to_vec();
+        let expected =
+            heads.iter().zip(&layers).map(|(heads, [_, _, q, _])| expected(tokens, heads, q));
+        let expected = expected.collect::<Result<_>>().unwrap();
+        Self { tokens, heads, layers, probes, norms, expected, spans }
     }
 
     fn sequence(&self) -> Sequence<'_> {
@@ -88,6 +102,7 @@ impl Model {
         .and_then(|view| view.with_probe(rows(&self.probes[l], hq, PROBE, DIM)))
         .and_then(|view| view.with_output_projection(rows(o, 1, HIDDEN, hq * DIM)))
         .and_then(|view| view.with_hidden_norms(rows(&self.norms, 1, self.tokens, 1)))
+        .and_then(|view| view.with_expected(&self.expected[l]))
         .and_then(|view| view.with_spans(&self.spans))
         .unwrap()
     }
@@ -556,6 +571,9 @@ fn needs_are_what_is_asked_for() {
         if needs.hidden_norms {
             bare = bare.with_hidden_norms(*view.hidden_norms("test").unwrap()).unwrap();
         }
+        if needs.expected_queries {
+            bare = bare.with_expected(&model.expected[0]).unwrap();
+        }
         if needs.spans {
             bare = bare.with_spans(&model.spans).unwrap();
         }
@@ -593,6 +611,10 @@ fn needs_are_what_is_asked_for() {
         if needs.hidden_norms {
             let needs = Needs { hidden_norms: false, ..needs };
             assert!(push(needs).is_err(), "{name} can do without hidden norms");
+        }
+        if needs.expected_queries {
+            let error = push(Needs { expected_queries: false, ..needs }).unwrap_err();
+            assert!(error.to_string().contains("expected_mean"), "{name}: {error}");
         }
         if needs.spans {
             let needs = Needs { spans: false, ..needs };

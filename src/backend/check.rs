@@ -127,6 +127,14 @@ pub(super) fn attention_spread<S: Storage>(
     (0..sums.rows()).try_for_each(|s| expect("sums of a segment", 2, sums.len(s)))
 }
 
+pub(super) fn expected_attention<S: Storage>(
+    layers: &[LayerView<'_, S>],
+    out: &impl Lens,
+) -> Result<()> {
+    layers.iter().try_for_each(|layer| layer.expected("expected attention").map(drop))?;
+    segments(layers, out)
+}
+
 pub(super) fn pool(op: &Pool<'_>, rows: &impl Lens) -> Result<()> {
     odd("kernel", op.kernel)?;
     prefixes("pooled slots of a segment", op.lens, rows)

@@ -20,8 +20,8 @@ use crate::error::Result;
 use crate::ragged::Ragged;
 use crate::view::{LayerView, Rows, Storage};
 use ops::{
-    Attend, AttentionSpread, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency,
-    TopK, ValueNorm, WindowAttention,
+    Attend, AttentionSpread, ExpectedAttention, Lag, NormScale, Pool, Positional, Projection,
+    Residuals, Saliency, TopK, ValueNorm, WindowAttention,
 };
 
 /// The query rows, keys and values of one [`Backend::attend`] call for one sequence.
@@ -86,10 +86,17 @@ pub trait Backend: Send + Sync {
         out: &mut Self::Floats,
         sums: &mut Self::Floats,
     ) -> Result<()>;
+    /// Attention that the views' expected queries pay, into `out`, `[H, len]` per view.
+    fn expected_attention(
+        &self,
+        op: ExpectedAttention,
+        layers: &[LayerView<'_, Self::Storage<'_>>],
+        out: &mut Self::Floats,
+    ) -> Result<()>;
     /// Smooths rows over neighbouring slots, in place.
     fn pool(&self, op: &Pool<'_>, rows: &mut Self::Floats) -> Result<()>;
     /// `mean_g ‖v · W_o[h·G + g]‖` per slot: with L1, an upper bound on what a value can move in the layer's output
-    /// (CriticalKV).
+    /// (CriticalKV). Or, without the projection, `‖v‖`: see [`ValueNorm`].
     fn value_norm(
         &self,
         op: ValueNorm,

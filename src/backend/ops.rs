@@ -107,6 +107,17 @@ pub struct AttentionSpread {
     pub gamma: f32,
 }
 
+/// Attention that queries are expected to pay: normally distributed ones, of the mean `μ` and the covariance `Σ` that a view lends
+/// for each query head (`with_expected`).
+///
+/// `score[t] = mean_g softmax_t(μ·k[t]/√D + k[t]ᵀΣk[t]/(2D))` over the slots that are no sinks; those get 0. A logit that is no finite number,
+/// as that of a key with such an element, makes all of its head's scores NaN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpectedAttention {
+    /// Slots of positions below this are sinks.
+    pub sinks: u32,
+}
+
 /// Smoothing over neighbouring slots.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Pool<'a> {
@@ -185,6 +196,15 @@ pub enum ValueNorm {
     ///
     /// NaN for a value with an element that is not finite, or so large that the square is not (from about 1e19).
     L2,
+    /// `‖v‖₂` of the value itself: no projection is needed, one pass over V (ExpectedAttention).
+    Plain,
+}
+
+impl ValueNorm {
+    /// Whether it takes the output projection.
+    pub const fn projects(self) -> bool {
+        !matches!(self, ValueNorm::Plain)
+    }
 }
 
 /// What value norms are divided by.

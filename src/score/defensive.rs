@@ -46,7 +46,7 @@ parameters!(Defensive {
     window: "a positive integer",
     kernel: "an odd integer",
     threshold: "a number from 0 to 1",
-    value_norm: "l1 or l2",
+    value_norm: "l1, l2 or plain",
     norm_scale: "none, layer or heads",
 });
 
@@ -64,7 +64,8 @@ impl Default for Defensive {
 
 impl<B: Backend> Scorer<B> for Defensive {
     fn needs(&self) -> Needs {
-        Needs { queries: Queries::Last(self.window), o_proj: true, ..Needs::default() }
+        let queries = Queries::Last(self.window);
+        Needs { queries, o_proj: self.value_norm.projects(), ..Needs::default() }
     }
     fn score(
         &self,

@@ -4,6 +4,7 @@
 mod andpro;
 mod cake;
 mod defensive;
+mod expected;
 mod guikv;
 mod h2o;
 mod keys;
@@ -18,6 +19,7 @@ mod subspace;
 pub use andpro::{AnDPro, Anchor};
 pub use cake::Cake;
 pub use defensive::Defensive;
+pub use expected::Expected;
 pub use guikv::GuiKv;
 pub use h2o::H2o;
 pub use keys::{KNorm, KeyDiff};
@@ -38,7 +40,7 @@ use crate::view::LayerView;
 
 named!(Pooling { Avg => "avg", Max => "max" });
 named!(Reduce { Mean => "mean", Max => "max" });
-named!(ValueNorm { L1 => "l1", L2 => "l2" });
+named!(ValueNorm { L1 => "l1", L2 => "l2", Plain => "plain" });
 named!(NormScale { None => "none", Layer => "layer", Heads => "heads" });
 
 /// What a scorer found for one layer: the same at every budget.
@@ -118,6 +120,8 @@ pub struct Needs {
     pub o_proj: bool,
     /// Norms of hidden rows.
     pub hidden_norms: bool,
+    /// Mean and covariance of the queries to come.
+    pub expected_queries: bool,
     /// What stretches of the sequence are.
     pub spans: bool,
     /// Scores of a second pass: see [`Reconstruction`].
@@ -210,6 +214,8 @@ pub enum ScorerConfig {
     Reconstruct(Reconstruct),
     /// Attention of a probe.
     Probe(Probe),
+    /// Attention of the queries to come.
+    Expected(Expected),
 }
 
 /// The same match for every use of the closed set.
@@ -231,6 +237,7 @@ macro_rules! each {
             ScorerConfig::Reach($scorer) => $use,
             ScorerConfig::Reconstruct($scorer) => $use,
             ScorerConfig::Probe($scorer) => $use,
+            ScorerConfig::Expected($scorer) => $use,
         }
     };
 }

@@ -58,7 +58,7 @@ parameters!(Reach {
     queries: "a positive integer",
     gap: "an integer",
     kernel: "an odd integer",
-    value_norm: "l1 or l2",
+    value_norm: "l1, l2 or plain",
     norm_scale: "none, layer or heads",
     near: "a positive integer",
     threshold: "a number from 0 to 1",
@@ -83,7 +83,7 @@ impl Default for Reach {
 impl<B: Backend> Scorer<B> for Reach {
     fn needs(&self) -> Needs {
         let queries = Queries::Last(self.queries.max(self.near));
-        Needs { queries, o_proj: true, ..Needs::default() }
+        Needs { queries, o_proj: self.value_norm.projects(), ..Needs::default() }
     }
 
     fn score(

@@ -37,6 +37,7 @@ fn as_on_the_cpu(name: &str, parameters: &[(&str, &str)], spans: &str) {
         probe: 5,
         dtype: Dtype::BF16,
         hidden_norms: Some(Place::HeadsFirst),
+        expected: true,
         ..Spec::default()
     };
     let layers = [
@@ -68,4 +69,11 @@ fn epicache() {
 #[test]
 fn maskkv() {
     as_on_the_cpu("maskkv", &[], "mask:120..140,decoded:140..150");
+}
+
+#[test]
+fn expected_attention() {
+    for epsilon in ["0", "0.02"] {
+        as_on_the_cpu("expected-attention", &[("epsilon", epsilon)], "");
+    }
 }

@@ -13,8 +13,19 @@ use safetensors::tensor::Metadata;
 
 /// A header holds a line per tensor and some metadata; more than this is hostile or no dump.
 const MAX_HEADER: u64 = 16 << 20;
-const KINDS: [&str; 9] =
-    ["k", "v", "q", "q_probe", "o_proj", "hidden_norms", "q_next", "k_next", "v_next"];
+const KINDS: [&str; 11] = [
+    "k",
+    "v",
+    "q",
+    "q_probe",
+    "o_proj",
+    "hidden_norms",
+    "expected_mean",
+    "expected_covariance",
+    "q_next",
+    "k_next",
+    "v_next",
+];
 
 /// A validated header.
 #[derive(Debug, Clone)]
@@ -48,6 +59,8 @@ pub struct LayerTensors {
     pub o_proj: Option<TensorInfo>,
     /// Norms of hidden rows.
     pub hidden_norms: Option<TensorInfo>,
+    /// Mean and covariance of the queries to come.
+    pub expected: Option<[TensorInfo; 2]>,
     /// Queries, keys and values of the tokens that followed.
     pub next: Option<[TensorInfo; 3]>,
 }
@@ -117,7 +130,8 @@ impl LayerTensors {
     pub fn iter(&self) -> impl Iterator<Item = &TensorInfo> {
         let next = self.next.iter().flatten();
         let optional = [&self.q_probe, &self.o_proj, &self.hidden_norms].into_iter().flatten();
-        [&self.k, &self.v, &self.q].into_iter().chain(optional).chain(next)
+        let expected = self.expected.iter().flatten();
+        [&self.k, &self.v, &self.q].into_iter().chain(optional).chain(expected).chain(next)
     }
 }
 
@@ -147,26 +161,34 @@ fn layers(meta: &Metadata, data_start: u64) -> Result<(Geometry, u32, Vec<LayerT
         let (k, v, q) = (need("k")?, need("v")?, need("q")?);
         let (q_probe, o_proj) = (tensors.remove("q_probe"), tensors.remove("o_proj"));
         let hidden_norms = tensors.remove("hidden_norms");
-        let next = match tensors.is_empty() {
-            true => None,
-            false => {
-                let mut need = |kind: &str| match tensors.remove(kind) {
-                    Some(info) => Ok(info),
-                    None => bail!(
-                        "tensor \"l{layer}.{kind}\" is missing: \
-                         q_next, k_next and v_next come together or not at all"
-                    ),
-                };
-                Some([need("q_next")?, need("k_next")?, need("v_next")?])
-            }
-        };
-        let layer = LayerTensors { k, v, q, q_probe, o_proj, hidden_norms, next };
+        let expected = together(layer, &mut tensors, ["expected_mean", "expected_covariance"])?;
+        let next = together(layer, &mut tensors, ["q_next", "k_next", "v_next"])?;
+        let layer = LayerTensors { k, v, q, q_probe, o_proj, hidden_norms, expected, next };
         shapes.push(layer_shape(&layer)?);
         same_as_first(layers.first().unwrap_or(&layer), &layer)?;
         layers.push(layer);
     }
     let (dtype, tokens) = (layers[0].k.dtype, layers[0].k.shape[1]);
     Ok((Geometry::new(shapes, dtype)?, tokens, layers))
+}
+
+/// Tensors of a layer that come together or not at all.
+fn together<const N: usize>(
+    layer: u32,
+    tensors: &mut HashMap<&str, TensorInfo>,
+    kinds: [&str; N],
+) -> Result<Option<[TensorInfo; N]>> {
+    if !kinds.iter().any(|kind| tensors.contains_key(kind)) {
+        return Ok(None);
+    }
+    let need = |kind| {
+        tensors.remove(kind).with_context(|| {
+            let all = kinds.join(", ");
+            format!("tensor \"l{layer}.{kind}\" is missing: {all} come together or not at all")
+        })
+    };
+    let all = kinds.into_iter().map(need).collect::<Result<Vec<_>>>()?;
+    Ok(all.try_into().ok())
 }
 
 /// Versions that this code reads. Files of others would be misread.
@@ -225,7 +247,7 @@ fn tensor(
         other => bail!("tensor {name:?} has dtype {other:?}; expected F32, F16 or BF16"),
     };
     let dims = match name.rsplit('.').next() {
-        Some("o_proj") => 2,
+        Some("o_proj" | "expected_mean") => 2,
         Some("hidden_norms") => 1,
         _ => 3,
     };
@@ -268,13 +290,12 @@ fn layer_shape(layer: &LayerTensors) -> Result<LayerShape> {
     }
     if let Some(norms) = &layer.hidden_norms {
         expect_shape(norms, &[tokens])?;
-        ensure!(
-            norms.dtype == Dtype::F32,
-            "tensor {:?} has dtype {}; expected {}",
-            norms.name,
-            norms.dtype,
-            Dtype::F32
-        );
+        expect_f32(norms)?;
+    }
+    if let Some([mean, covariance]) = &layer.expected {
+        expect_shape(mean, &[query_heads, dim])?;
+        expect_shape(covariance, &[query_heads, dim, dim])?;
+        expect_f32(mean).and(expect_f32(covariance))?;
     }
     if let Some([q, k, v]) = &layer.next {
         let next = q.shape[1];
@@ -295,6 +316,17 @@ fn expect_shape(info: &TensorInfo, expected: &[u32]) -> Result<()> {
         "tensor {:?} has shape {:?}; expected {expected:?}",
         info.name,
         info.shape
+    );
+    Ok(())
+}
+
+fn expect_f32(info: &TensorInfo) -> Result<()> {
+    ensure!(
+        info.dtype == Dtype::F32,
+        "tensor {:?} has dtype {}; expected {}",
+        info.name,
+        info.dtype,
+        Dtype::F32
     );
     Ok(())
 }
@@ -324,11 +356,15 @@ fn same_as_first(first: &LayerTensors, layer: &LayerTensors) -> Result<()> {
         next(layer) == next(first),
         "{name:?}: every layer must hold the same number of next tokens, or none"
     );
-    let optional =
-        |l: &LayerTensors| [l.q_probe.is_some(), l.o_proj.is_some(), l.hidden_norms.is_some()];
-    for ((kind, here), there) in
-        ["q_probe", "o_proj", "hidden_norms"].iter().zip(optional(layer)).zip(optional(first))
-    {
+    let optional = |l: &LayerTensors| {
+        [
+            ("q_probe", l.q_probe.is_some()),
+            ("o_proj", l.o_proj.is_some()),
+            ("hidden_norms", l.hidden_norms.is_some()),
+            ("expected_mean", l.expected.is_some()),
+        ]
+    };
+    for ((kind, here), (_, there)) in optional(layer).into_iter().zip(optional(first)) {
         ensure!(here == there, "{name:?}: {kind} must be there for every layer or for none");
     }
     Ok(())

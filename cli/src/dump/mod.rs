@@ -13,7 +13,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use kvbudget::backend::cpu::{HostLayer, HostSlice};
-use kvbudget::{Geometry, LayerShape, LayerView, Rows, Sequence};
+use kvbudget::{ExpectedQueries, Geometry, LayerShape, LayerView, Rows, Sequence};
 
 pub use header::{Header, LayerTensors, TensorInfo};
 pub use tensor::Tensor;
@@ -40,6 +40,8 @@ pub struct Layer {
     pub o_proj: Option<Tensor>,
     /// Norms `[T]` of hidden rows.
     pub hidden_norms: Option<Tensor>,
+    /// Mean and covariance of the queries to come.
+    pub expected: Option<ExpectedQueries>,
     /// The tokens that really followed, where they were asked for.
     pub next: Option<Next>,
 }
@@ -104,8 +106,17 @@ impl<R: Read + Seek> Dump<R> {
         };
         let (q_probe, o_proj) = (optional(&info.q_probe)?, optional(&info.o_proj)?);
         let hidden_norms = optional(&info.hidden_norms)?;
+        let shape = self.header.geometry.layers()[l];
+        let expected = match &info.expected {
+            Some([mean, covariance]) => {
+                let [mean, covariance] = [mean, covariance].map(|info| self.tensor(info));
+                let (mean, covariance) = (mean?.to_f32(), covariance?.to_f32());
+                Some(ExpectedQueries::new(shape, mean, covariance)?)
+            }
+            None => None,
+        };
         Ok(Layer {
-            shape: self.header.geometry.layers()[l],
+            shape,
             tokens: self.header.tokens,
             k: self.tensor(&info.k)?,
             v: self.tensor(&info.v)?,
@@ -113,6 +124,7 @@ impl<R: Read + Seek> Dump<R> {
             q_probe,
             o_proj,
             hidden_norms,
+            expected,
             next,
         })
     }
@@ -137,6 +149,9 @@ impl Layer {
         }
         if let Some(norms) = &self.hidden_norms {
             view = view.with_hidden_norms(Rows::heads_first(norms.slice(), 1, self.tokens, 1)?)?;
+        }
+        if let Some(expected) = &self.expected {
+            view = view.with_expected(expected)?;
         }
         if let Some(o_proj) = &self.o_proj {
             let columns = (self.shape.query_heads() * self.shape.head_dim()) as u32;

@@ -4,6 +4,7 @@
 mod bad_dumps;
 mod bad_plans;
 mod commands;
+mod expected;
 mod frames;
 mod mutations;
 mod numbers;

@@ -6,7 +6,7 @@
 use half::{bf16, f16};
 use kvbudget::backend::Backend;
 use kvbudget::backend::cpu::{Cpu, HostSlice};
-use kvbudget::{Dtype, LayerShape, LayerView, Position, Rows, Storage};
+use kvbudget::{Dtype, ExpectedQueries, LayerShape, LayerView, Position, Rows, Storage};
 
 use crate::naive::{Float, Matrix, num};
 
@@ -260,6 +260,8 @@ pub struct Layer {
     pub lse: Option<Tensor>,
     /// Norms of hidden rows `[1, tokens, 1]`.
     pub hidden_norms: Option<Tensor>,
+    /// Mean and covariance of the queries to come.
+    pub expected: Option<ExpectedQueries>,
     /// Positions of a compressed cache.
     pub positions: Option<Vec<Vec<Position>>>,
 }
@@ -318,6 +320,9 @@ pub fn with_layers<D: TestDevice, R>(
             }
             if let (Some(tensor), Some(memory)) = (&layer.hidden_norms, norms) {
                 view = view.with_hidden_norms(tensor.rows(device.lend(memory)))?;
+            }
+            if let Some(expected) = &layer.expected {
+                view = view.with_expected(expected)?;
             }
             match &layer.positions {
                 Some(positions) => view.with_positions(positions),

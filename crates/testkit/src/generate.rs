@@ -3,7 +3,7 @@
 use std::iter::once;
 use std::ops::Range;
 
-use kvbudget::{Dtype, LayerShape, Position};
+use kvbudget::{Dtype, ExpectedQueries, LayerShape, Position};
 
 use crate::data::{Layer, Place, Tensor};
 use crate::naive::{Matrix, WindowHead, log_sum_exp};
@@ -101,6 +101,8 @@ pub struct Spec {
     pub lse: bool,
     /// Layout of norms of hidden rows. Without: none.
     pub hidden_norms: Option<Place>,
+    /// Lend the mean and covariance of the queries to come.
+    pub expected: bool,
     /// Kind of keys.
     pub keys: Keys,
     /// Seed.
@@ -123,6 +125,7 @@ impl Default for Spec {
             query_place: Place::HeadsFirst,
             lse: false,
             hidden_norms: None,
+            expected: false,
             keys: Keys::Random,
             seed: 1,
         }
@@ -159,6 +162,7 @@ impl Spec {
                 .then(|| Tensor::new(o_proj, query_heads * dim, dtype, Place::HeadsFirst)),
             lse: None,
             hidden_norms: None,
+            expected: None,
             positions,
         };
         if self.lse {
@@ -169,6 +173,7 @@ impl Spec {
             let norms = (0..tokens).map(|_| vec![20.0 + 3.0 * rng.normal()]).collect();
             Tensor::new(vec![norms], 1, Dtype::F32, place)
         });
+        layer.expected = self.expected.then(|| expected(layer.shape, rng));
         layer
     }
 
@@ -187,6 +192,18 @@ impl Spec {
         }
         k
     }
+}
+
+/// Queries that spread along four directions each.
+fn expected(shape: LayerShape, rng: &mut Rng) -> ExpectedQueries {
+    let (heads, dim) = (shape.query_heads() as u32, shape.head_dim());
+    let mean = rng.matrix(heads, dim as u32).concat().into_iter().map(|x| x as f32).collect();
+    let covariance = (0..heads).flat_map(|_| {
+        let along = rng.matrix(4, dim as u32);
+        let element = |i: usize, j: usize| along.iter().map(|b| b[i] * b[j]).sum::<f64>() as f32;
+        (0..dim * dim).map(|at| element(at / dim, at % dim)).collect::<Vec<_>>()
+    });
+    ExpectedQueries::new(shape, mean, covariance.collect()).expect("finite numbers")
 }
 
 /// What the prefill of KV head `h` would have computed, `[G][W][1]`.

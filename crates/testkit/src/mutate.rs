@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvbudget::backend::cpu::{Cpu, HostSlice};
 use kvbudget::backend::ops::{
-    Attend, AttentionSpread, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency,
-    TopK, ValueNorm, WindowAttention,
+    Attend, AttentionSpread, ExpectedAttention, Lag, NormScale, Pool, Positional, Projection,
+    Residuals, Saliency, TopK, ValueNorm, WindowAttention,
 };
 use kvbudget::backend::{AttendView, Backend};
 use kvbudget::{LayerView, Ragged, Result};
@@ -261,6 +261,7 @@ impl Backend for Tampered {
         counted selected(selection: &Ragged<u32>) -> Result<Vec<u32>>;
         in_place pool(op: &Pool<'_>) -> Result<()>;
         in_place projection(op: &Projection<'_>, layers: Layers<'_, '_>) -> Result<()>;
+        in_place expected_attention(op: ExpectedAttention, layers: Layers<'_, '_>) -> Result<()>;
         in_place value_norm(op: ValueNorm, layers: Layers<'_, '_>) -> Result<()>;
         in_place scale_norms(op: NormScale, layers: Layers<'_, '_>) -> Result<()>;
         in_place key_norm(layers: Layers<'_, '_>) -> Result<()>;

@@ -99,6 +99,9 @@ fn main() -> Result<()> {
             let trigger = Trigger::every(args.recompress_every)?;
             let mut cache =
                 BudgetCache::new(geometry, o_proj, policy, args.budget)?.with_trigger(trigger);
+            if cache.wants_rope() {
+                cache = cache.with_rope(model.rope()?);
+            }
             cache.add_sequence()?;
             Cache::Budget(Box::new(cache))
         }

@@ -10,7 +10,7 @@ use candle_core::{Error, Result, Tensor, bail};
 use kvbudget::backend::cpu::{Cpu, HostLayer};
 use kvbudget::score::{Queries, Scored};
 use kvbudget::{
-    Budget, Geometry, LayerId, Plan, Planner, Policy, PolicyConfig, Ragged, Sequence, Trigger,
+    Budget, Geometry, LayerId, Plan, Planner, Policy, PolicyConfig, Ragged, Rope, Sequence, Trigger,
 };
 
 use crate::attention::{AttentionHook, Span};
@@ -33,6 +33,7 @@ pub struct BudgetCache {
     settings: Settings,
     batch: Batch,
     queries: Queries,
+    rope: Option<Arc<Rope>>,
     trigger: Option<Trigger>,
 }
 
@@ -58,13 +59,21 @@ impl BudgetCache {
         }
         let geometry = Arc::new(geometry);
         let settings = Settings { geometry, o_proj, policy, budget, cpu: Cpu::new() };
-        Ok(Self { settings, batch: Batch::default(), queries: needs.queries, trigger: None })
+        let (batch, queries) = (Batch::default(), needs.queries);
+        Ok(Self { settings, batch, queries, rope: None, trigger: None })
     }
 
     /// Keeps these queries of sequences that are added later, where the policy alone would keep fewer: for
     /// [`plan`](Self::plan) and [`plans`](Self::plans) with other policies.
     pub fn with_queries(mut self, queries: Queries) -> Self {
         self.queries = self.queries.max(queries);
+        self
+    }
+
+    /// Gathers the mean and covariance of the queries of sequences that are added later, which `expected-attention` asks for. The model's
+    /// RoPE turns queries back, and to where they are expected.
+    pub fn with_rope(mut self, rope: Rope) -> Self {
+        self.rope = Some(Arc::new(rope));
         self
     }
 
@@ -111,7 +120,11 @@ impl BudgetCache {
 
     /// An empty sequence of this cache's making, for [`switch_sequence`](Self::switch_sequence).
     pub fn empty_sequence(&self) -> Result<SequenceCache> {
-        SequenceCache::new(self.settings.geometry.clone(), self.queries)
+        let sequence = SequenceCache::new(self.settings.geometry.clone(), self.queries)?;
+        Ok(match &self.rope {
+            Some(rope) => sequence.with_moments(rope.clone()),
+            None => sequence,
+        })
     }
 
     /// A sequence, to name its stretches or to roll it back.
@@ -140,6 +153,11 @@ impl BudgetCache {
     /// Whether the policy looks with a probe.
     pub fn wants_probe(&self) -> bool {
         self.settings.policy.needs().probe
+    }
+
+    /// Whether the policy asks for what [`with_rope`](Self::with_rope) gathers.
+    pub fn wants_rope(&self) -> bool {
+        self.settings.policy.needs().expected_queries
     }
 
     /// The spans of a forward pass in which sequence `i` gets `tokens[i]` new tokens.

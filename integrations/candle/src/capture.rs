@@ -4,12 +4,13 @@
 //! method can choose slots from the context and be judged on queries it has not seen.
 
 use anyhow::{Context, Result, bail};
-use candle_core::{DType, Tensor};
-use kvbudget::Spans;
+use candle_core::{DType, Device, Tensor};
+use kvbudget::{ExpectedQueries, QueryMoments, Spans};
 
 use crate::attention::{AttentionHook, DenseAttention, Span};
 use crate::dump::Dump;
 use crate::llama::Llama;
+use crate::moments;
 
 /// Tokens run at once: bounds the score matrix, which grows with this times the context.
 const CHUNK: usize = 512;
@@ -87,6 +88,8 @@ pub struct CaptureOptions {
     pub dtype: DType,
     /// Whether to dump the norms of hidden rows.
     pub hidden_norms: bool,
+    /// Positions over which to dump what is expected of the queries to come; none for 0.
+    pub expected: u32,
     /// Tokens that are run behind the context and rolled back, for their queries; none without.
     pub probe: Vec<u32>,
     /// What stretches of the context are, if that is known.
@@ -103,6 +106,7 @@ impl Default for CaptureOptions {
             next: 32,
             dtype: DType::F16,
             hidden_norms: false,
+            expected: 0,
             probe: Vec::new(),
             spans: Spans::default(),
         }
@@ -185,6 +189,10 @@ pub fn capture_with<A: AttentionHook>(
     for (index, record) in hook.records.iter().enumerate() {
         record
             .write(&mut dump, index, options)
+            .and_then(|()| match options.expected {
+                0 => Ok(()),
+                _ => record.write_expected(&mut dump, index, options, model),
+            })
             .with_context(|| format!("cannot capture layer {}", record.layer))?;
         if let Some(o_proj) = model.output_projection(record.layer) {
             dump.insert(format!("l{index}.o_proj"), o_proj, options.dtype)?;
@@ -207,8 +215,9 @@ pub fn capture_with<A: AttentionHook>(
 
 /// The oldest that knows what is dumped.
 fn version(options: &CaptureOptions) -> u32 {
-    let CaptureOptions { hidden_norms, probe, spans, .. } = options;
-    if *hidden_norms || !probe.is_empty() || spans.iter().next().is_some() { 2 } else { 1 }
+    let CaptureOptions { hidden_norms, expected, probe, spans, .. } = options;
+    let more = *hidden_norms || *expected > 0 || !probe.is_empty();
+    if more || spans.iter().next().is_some() { 2 } else { 1 }
 }
 
 impl Record {
@@ -236,6 +245,31 @@ impl Record {
             dump.insert(format!("l{index}.hidden_norms"), &norms, DType::F32)?;
         }
         Ok(())
+    }
+
+    /// Mean and covariance of the queries behind the context, from those of the context.
+    fn write_expected(
+        &self,
+        dump: &mut Dump,
+        index: usize,
+        options: &CaptureOptions,
+        model: &Llama,
+    ) -> Result<()> {
+        let (shape, rope) = (model.geometry()?.layers()[self.layer], model.rope()?);
+        let mut moments = QueryMoments::new(shape);
+        let q = Tensor::cat(&self.q, 0)?.narrow(0, 0, options.tokens)?;
+        moments::push(&mut moments, &rope, 0, &q)?;
+        let tokens = options.tokens as u32;
+        let expected = moments.expected(&rope, tokens..tokens.saturating_add(options.expected))?;
+        let (heads, dim) = (shape.query_heads(), shape.head_dim());
+        let rows = |of: fn(&ExpectedQueries, usize) -> &[f32]| -> Vec<f32> {
+            (0..heads).flat_map(|head| of(&expected, head).to_vec()).collect()
+        };
+        let mean = Tensor::from_vec(rows(ExpectedQueries::mean), (heads, dim), &Device::Cpu)?;
+        let covariance = rows(ExpectedQueries::covariance);
+        let covariance = Tensor::from_vec(covariance, (heads, dim, dim), &Device::Cpu)?;
+        dump.insert(format!("l{index}.expected_mean"), &mean, DType::F32)?;
+        dump.insert(format!("l{index}.expected_covariance"), &covariance, DType::F32)
     }
 }
 

@@ -18,6 +18,7 @@ mod elementwise;
 pub mod episodes;
 pub mod host;
 pub mod llama;
+mod moments;
 mod prefill;
 pub mod profiles;
 pub mod qwen3;

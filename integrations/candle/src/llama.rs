@@ -9,7 +9,7 @@ use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::{DType, Device, Error, Result, Tensor, bail};
 use candle_nn::ops::rms_norm;
 use candle_nn::rotary_emb::rope_i;
-use kvbudget::{Dtype, Geometry, LayerShape};
+use kvbudget::{Dtype, Geometry, LayerShape, Pairs};
 
 use crate::attention::{AttentionHook, Span};
 use crate::elementwise::SwiGlu;
@@ -198,6 +198,13 @@ impl Llama {
     /// The output projections `[hidden, Hq * D]` of all layers.
     pub fn output_projections(&self) -> Vec<Tensor> {
         self.layers.iter().map(|layer| layer.o_proj.clone()).collect()
+    }
+
+    /// How queries and keys are turned: GGUF files hold their rows in the order of neighbours.
+    pub fn rope(&self) -> Result<kvbudget::Rope> {
+        let Config { head_dim, rope_base, .. } = self.config;
+        kvbudget::Rope::with_base(rope_base, head_dim as u32, Pairs::Neighbours)
+            .map_err(Error::wrap)
     }
 
     /// Runs the tokens `ids` of all sequences, back to back as `spans` say, and returns their last hidden

@@ -7,7 +7,7 @@ use candle_core::{Error, Result, Tensor};
 use candle_nn::ops::{rms_norm, silu};
 use candle_nn::rotary_emb::rope;
 use candle_nn::{Linear, Module, VarBuilder, linear_no_bias};
-use kvbudget::{Geometry, LayerShape};
+use kvbudget::{Geometry, LayerShape, Pairs};
 
 use crate::attention::{AttentionHook, Span};
 use crate::host;
@@ -150,6 +150,12 @@ impl Qwen3 {
     /// The output projections `[hidden, Hq * D]` of all layers.
     pub fn output_projections(&self) -> Vec<Tensor> {
         self.layers.iter().map(|layer| layer.o_proj.weight().clone()).collect()
+    }
+
+    /// How queries and keys are turned.
+    pub fn rope(&self) -> Result<kvbudget::Rope> {
+        let Config { head_dim, rope_base, .. } = self.config;
+        kvbudget::Rope::with_base(rope_base, head_dim as u32, Pairs::Halves).map_err(Error::wrap)
     }
 
     /// Hidden states `[N, hidden]` of the tokens of all sequences: see [`Llama::forward`](crate::Llama::forward).

@@ -1,4 +1,5 @@
-//! What one sequence keeps: a ragged cache per layer, and the queries that the next compression looks at.
+//! What one sequence keeps: a ragged cache per layer, and what the next compression looks at of its queries: the last ones, their mean
+//! and covariance.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -7,9 +8,10 @@ use candle_core::{DType, Device, Error, Result, Tensor, bail};
 use kvbudget::backend::cpu::{HostLayer, HostSlice};
 use kvbudget::cache::FlatCache;
 use kvbudget::score::Queries;
-use kvbudget::{Books, Geometry, LayerView, Plan, Position, Ragged, Rows, Spans};
+use kvbudget::{Books, Geometry, LayerView, Plan, Position, Ragged, Rope, Rows, Spans};
 
 use crate::host::Lent;
+use crate::moments::Moments;
 
 /// Slots by which a head's room grows, at least; beyond that by a quarter of the longest head.
 const GROWTH: u32 = 64;
@@ -22,6 +24,7 @@ pub struct SequenceCache {
     /// Queries `[n, Hq, D]` of each layer's last tokens, oldest first.
     queries: Vec<VecDeque<Tensor>>,
     keep: Queries,
+    moments: Option<Moments>,
     /// Tokens seen when it was compressed last.
     compressed_at: u32,
     spans: Spans,
@@ -32,6 +35,7 @@ pub struct Mark {
     tokens: u32,
     compressed_at: u32,
     queries: Vec<VecDeque<Tensor>>,
+    moments: Option<Moments>,
 }
 
 impl SequenceCache {
@@ -51,7 +55,14 @@ impl SequenceCache {
         });
         let layers = layers.collect::<kvbudget::Result<Vec<_>>>().map_err(Error::wrap)?;
         let queries = vec![VecDeque::new(); layers.len()];
-        Ok(Self { geometry, layers, queries, keep, compressed_at: 0, spans: Spans::default() })
+        let (moments, spans) = (None, Spans::default());
+        Ok(Self { geometry, layers, queries, keep, moments, compressed_at: 0, spans })
+    }
+
+    /// Gathers the mean and covariance of all its queries but the sinks', before RoPE: `Hq·D²` numbers of 8 bytes per layer.
+    pub fn with_moments(mut self, rope: Arc<Rope>) -> Self {
+        self.moments = Some(Moments::new(&self.geometry, rope));
+        self
     }
 
     /// Layers, heads and dims.
@@ -99,8 +110,9 @@ impl SequenceCache {
             .map(|((cache, shape), kept)| FlatCache::gather(&cache.view(*shape)?, kept, slack))
             .collect::<kvbudget::Result<Vec<_>>>()?;
         let (geometry, queries) = (self.geometry.clone(), self.queries.clone());
-        let (keep, spans) = (self.keep, self.spans.clone());
-        Ok(Self { geometry, layers, queries, keep, compressed_at: self.tokens(), spans })
+        let (keep, moments, spans) = (self.keep, self.moments.clone(), self.spans.clone());
+        let compressed_at = self.tokens();
+        Ok(Self { geometry, layers, queries, keep, moments, compressed_at, spans })
     }
 
     /// Says what stretches of it are, for policies that protect some. They may name tokens that are still to come.
@@ -122,7 +134,8 @@ impl SequenceCache {
     /// Remembers this point: a question and its answer may go in and be [rolled back](Self::roll_back).
     pub fn mark(&self) -> Mark {
         let (tokens, compressed_at) = (self.tokens(), self.compressed_at);
-        Mark { tokens, compressed_at, queries: self.queries.clone() }
+        let (queries, moments) = (self.queries.clone(), self.moments.clone());
+        Mark { tokens, compressed_at, queries, moments }
     }
 
     /// Goes back to a mark of this sequence: tokens that came after it leave no trace but room.
@@ -136,6 +149,7 @@ impl SequenceCache {
             self.truncate(layer, mark.tokens).map_err(Error::wrap)?;
         }
         self.queries.clone_from(&mark.queries);
+        self.moments.clone_from(&mark.moments);
         Ok(())
     }
 
@@ -162,7 +176,7 @@ impl SequenceCache {
         if dense { LayerView::new(shape, view.tokens(), *view.k(), *view.v()) } else { Ok(view) }
     }
 
-    /// Adds the kept queries and the output projection to a view of a layer.
+    /// Adds the kept queries, what is expected of later ones, and the output projection to a view of a layer.
     pub(crate) fn observed<R>(
         &self,
         layer: usize,
@@ -182,12 +196,16 @@ impl SequenceCache {
             }
         };
         let queries = queries.as_ref().map(Lent::new).transpose()?;
+        let expected = self.moments.as_ref().map(|m| m.expected(layer, view.tokens())).transpose()?;
         let o_proj = o_proj.map(Lent::new).transpose()?;
         // From here on the view lives no longer than these loans.
         let mut view = view;
         if let Some(queries) = &queries {
             let rows = queries.all_tokens()?;
             view = view.with_queries(rows).map_err(Error::wrap)?;
+        }
+        if let Some(expected) = &expected {
+            view = view.with_expected(expected).map_err(Error::wrap)?;
         }
         if let Some(o_proj) = &o_proj {
             view = view.with_output_projection(o_proj.matrix()?).map_err(Error::wrap)?;
@@ -237,8 +255,11 @@ impl SequenceCache {
         self.layers[layer].truncate(tokens)
     }
 
-    /// Remembers the queries `[n, Hq, D]` of new tokens, as far as they are wanted.
+    /// Remembers the queries `[n, Hq, D]` of new tokens, as far as they are wanted: before their keys are appended.
     pub(crate) fn remember(&mut self, layer: usize, q: &Tensor) -> Result<()> {
+        if let Some(moments) = &mut self.moments {
+            moments.push(layer, self.layers[layer].tokens(), q)?;
+        }
         let kept = &mut self.queries[layer];
         let new = q.dim(0)?;
         let wanted = match self.keep {

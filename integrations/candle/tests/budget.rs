@@ -26,9 +26,9 @@ fn model() -> Result<Llama> {
     tiny.load()
 }
 
-/// The published combinations that score from the prompt alone.
+/// The published combinations that score from the prompt alone, or from what is gathered of it.
 fn policies() -> Vec<PolicyConfig> {
-    let all = PRESETS.iter().map(|name| preset(name).expect("a preset has its own name"));
+    let all = PRESETS.iter().chain(&["expected-attention"]).map(|name| preset(name).expect("a preset has its own name"));
     let needs = |p: &PolicyConfig| -> Needs {
         p.build::<kvbudget::backend::cpu::Cpu>().expect("presets build").needs()
     };
@@ -39,6 +39,9 @@ fn cache(model: &Llama, policy: PolicyConfig, budget: &str) -> Result<BudgetCach
     let budget = budget.parse().expect("the budget is well formed");
     let mut cache =
         BudgetCache::new(model.geometry()?, model.output_projections(), policy, budget)?;
+    if cache.wants_rope() {
+        cache = cache.with_rope(model.rope()?);
+    }
     for _ in PROMPTS {
         cache.add_sequence()?;
     }
@@ -288,6 +291,29 @@ fn trigger_keeps_the_budget() -> Result<()> {
     Ok(())
 }
 
+/// What a question adds to the statistics of queries goes again with it, and a copy's own are not those of its source.
+#[test]
+fn rolled_back_questions_leave_no_trace() -> Result<()> {
+    let model = model()?;
+    let policy = || preset("expected-attention").expect("a preset");
+    let (config, half): (_, Budget) = (policy(), "50%".parse().expect("a budget"));
+    let built = policy().build().expect("presets build");
+    let none = Span::new(0, 0);
+    let mut cache = cache(&model, config, "50%")?;
+    model.forward(&tiny_ids(100), &[Span::new(0, 100), none, none], &mut cache)?;
+    let before = cache.plan(0, &built, half)?;
+    let mark = cache.sequences()[0].mark();
+    let copy = cache.sequences()[0].gather(&before, 60).expect("the plan fits");
+    cache.push_sequence(copy);
+    model.forward(&tiny_ids(60), &[Span::new(100, 60), none, none, none], &mut cache)?;
+    let longer = cache.plan(0, &built, half)?;
+    cache.sequence_mut(0)?.roll_back(&mark)?;
+    assert_eq!(cache.plan(0, &built, half)?, before);
+    model.forward(&tiny_ids(60), &[Span::new(100, 60), none, none, none], &mut cache)?;
+    assert_eq!(cache.plan(0, &built, half)?, longer);
+    Ok(())
+}
+
 /// One dense prefill, many compressed copies; planning changes nothing.
 #[test]
 fn forks_leave_their_source_alone() -> Result<()> {
@@ -296,7 +322,8 @@ fn forks_leave_their_source_alone() -> Result<()> {
     let dense = preset("random").expect("a preset");
     let whole: Budget = "100%".parse().expect("a budget");
     let mut source = BudgetCache::new(geometry, model.output_projections(), dense.clone(), whole)?
-        .with_queries(Queries::All);
+        .with_queries(Queries::All)
+        .with_rope(model.rope()?);
     source.add_sequence()?;
     model.forward(&tiny_ids(100), &[Span::new(0, 100)], &mut source)?;
     let mut forks = cache(&model, dense, "100%")?;

@@ -6,7 +6,10 @@ mod plain_attention;
 mod tiny_model;
 
 use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::ops::rms_norm;
+use kvbudget::{ExpectedQueries, QueryMoments};
 use kvbudget_candle::capture::capture_with;
+use kvbudget_candle::host::Lent;
 use kvbudget_candle::{CaptureOptions, DenseAttention, Dump};
 use plain_attention::{RecordOutputs, worst_ratio};
 use tiny_model::{LAYERS, Tiny, tiny_ids};
@@ -118,6 +121,41 @@ fn hidden_norms_are_those_of_the_residual_stream() -> Result<()> {
     }
     let later: Vec<f32> = dump.tensors["l1.hidden_norms"].to_vec1()?;
     assert_ne!(norms, later);
+    Ok(())
+}
+
+/// What is expected of queries that never saw a rotation, worked out from the weights of the first layer.
+#[test]
+fn expected_queries_are_those_before_rope() -> Result<()> {
+    let options = CaptureOptions { expected: 100, ..options(&[0, 1], 6, DType::F16) };
+    let (dump, _) = captured(&options);
+    let tiny = Tiny::new()?;
+    let model = Tiny::new()?.load()?;
+    let weight = |name: &str| tiny.weight(name).to_dtype(DType::F32);
+    let ids = &tiny_ids(TOKENS)[4..];
+    let rows = weight("token_embd.weight")?.index_select(&Tensor::new(ids, &Device::Cpu)?, 0)?;
+    let norm = weight("blk.0.attn_norm.weight")?;
+    let normed = rms_norm(&rows.contiguous()?, &norm, model.config().rms_eps)?;
+    let q = normed.matmul(&weight("blk.0.attn_q.weight")?.t()?)?;
+    let shape = model.geometry()?.layers()[0];
+    let q = q.reshape((ids.len(), shape.query_heads(), shape.head_dim()))?;
+
+    let mut moments = QueryMoments::new(shape);
+    moments.push(&Lent::new(&q)?.all_tokens()?).expect("queries of this shape");
+    let tokens = TOKENS as u32;
+    let expected = moments.expected(&model.rope()?, tokens..tokens + 100).expect("moments");
+    let close = |name: &str, of: fn(&ExpectedQueries, usize) -> &[f32]| -> Result<()> {
+        let dumped: Vec<f32> = dump.tensors[&format!("l0.{name}")].flatten_all()?.to_vec1()?;
+        let rows = (0..shape.query_heads()).flat_map(|head| of(&expected, head));
+        let worst = rows.zip(&dumped).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let largest = dumped.iter().fold(0f32, |a, b| a.max(b.abs()));
+        assert!(worst < 1e-5 * largest, "{name}: {worst} of {largest}");
+        Ok(())
+    };
+    close("expected_mean", ExpectedQueries::mean)?;
+    close("expected_covariance", ExpectedQueries::covariance)?;
+    assert_eq!(dump.metadata["version"], "2");
+    assert!(dump.tensors.contains_key("l1.expected_covariance"));
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! Scores that look at keys alone, or at positions alone.
+//! Scores that look at keys alone, or at positions alone; and norms of values, which are had as those of keys are.
 //!
 //! In: k `[H, len, D]`; out `[H, len]` f32. Sources: KNorm (Devoto et al.), KeyDiff (its score as kvpress has
 //! it: against the mean of the head's unit keys), StreamingLLM (recency).
@@ -18,6 +18,7 @@ use crate::backend::check;
 use crate::backend::ops::Positional;
 use crate::error::Result;
 use crate::ragged::Ragged;
+use crate::view::Rows;
 
 /// Slots per task: widened, they stay in L1.
 const TILE: usize = 64;
@@ -26,17 +27,17 @@ const COSINE_EPS: f64 = 1e-8;
 /// Smallest norm that makes a unit key, as in torch's `normalize`.
 const UNIT_EPS: f64 = 1e-12;
 
-/// Scores of a tile's keys.
+/// Scores of a tile's rows.
 trait Score: Copy + Sync {
     /// In one of the segments.
-    fn score(self, segment: usize, key: &[f32]) -> f32;
+    fn score(self, segment: usize, row: &[f32]) -> f32;
 }
 
 /// A tile's work.
 struct Tile<'a, S> {
     score: S,
     segment: usize,
-    rows: Keys<'a>,
+    rows: Slots<'a>,
     out: &'a mut [f32],
 }
 
@@ -45,62 +46,77 @@ impl<S: Score> Kernel for Tile<'_, S> {
     #[inline(always)]
     fn run<A: Arithmetic>(self) {
         let Self { score, segment, rows, out } = self;
-        let dim = rows.layer.shape().head_dim();
-        for (key, out) in rows.read().chunks_exact(dim).zip(out) {
-            *out = score.score(segment, key);
+        let dim = rows.of.dim();
+        for (row, out) in rows.read().chunks_exact(dim).zip(out) {
+            *out = score.score(segment, row);
         }
     }
 }
 
-/// Slots whose keys are read by a kernel.
-struct Keys<'a> {
-    layer: &'a HostLayer<'a>,
+/// Slots whose keys, or values, are read by a kernel.
+struct Slots<'a> {
+    of: &'a Rows<'a, HostSlice<'a>>,
     head: usize,
     slots: Range<usize>,
     scratch: &'a mut Vec<f32>,
 }
 
-impl<'a> Keys<'a> {
+impl<'a> Slots<'a> {
     /// As f32.
     #[inline(always)]
     fn read(self) -> &'a [f32] {
-        let (keys, dim) = (self.layer.k(), self.layer.k().dim());
+        let dim = self.of.dim();
         self.scratch.resize(self.slots.len() * dim, 0.0);
-        if let HostSlice::F32(_) = keys.storage() {
-            return tile::f32_rows(keys, self.head, self.slots, self.scratch);
+        if let HostSlice::F32(_) = self.of.storage() {
+            return tile::f32_rows(self.of, self.head, self.slots, self.scratch);
         }
-        tile::widen_apart(keys, self.head, self.slots, dim, self.scratch);
+        tile::widen_apart(self.of, self.head, self.slots, dim, self.scratch);
         self.scratch
     }
 }
 
-fn for_each_tile(isa: Isa, layers: &[HostLayer<'_>], out: &mut Ragged<f32>, score: impl Score) {
+/// Scores the rows that `of` finds in each layer.
+fn for_each_tile<'b>(
+    isa: Isa,
+    layers: &[HostLayer<'b>],
+    of: for<'a> fn(&'a HostLayer<'b>) -> &'a Rows<'b, HostSlice<'b>>,
+    out: &mut Ragged<f32>,
+    score: impl Score,
+) {
     let tasks: Vec<_> = tile::segments(layers)
         .zip(out.rows_mut())
         .enumerate()
         .flat_map(|(s, ((layer, head), row))| {
             let tiles = row.chunks_mut(TILE).enumerate();
-            tiles.map(move |(i, out)| (s, layer, head, i * TILE, out))
+            tiles.map(move |(i, out)| (s, of(layer), head, i * TILE, out))
         })
         .collect();
-    tasks.into_par_iter().for_each_init(Vec::new, |scratch, (segment, layer, head, start, out)| {
-        let rows = Keys { layer, head, slots: start..start + out.len(), scratch };
+    tasks.into_par_iter().for_each_init(Vec::new, |scratch, (segment, of, head, start, out)| {
+        let rows = Slots { of, head, slots: start..start + out.len(), scratch };
         isa.run(Tile { score, segment, rows, out });
     });
 }
 
-pub(super) fn key_norm(isa: Isa, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
-    #[derive(Clone, Copy)]
-    struct Norm;
-    impl Score for Norm {
-        #[inline(always)]
-        fn score(self, _: usize, key: &[f32]) -> f32 {
-            -dot(key, key).sqrt() as f32
-        }
+/// The length of a row, times a sign.
+#[derive(Clone, Copy)]
+struct Norm(f64);
+
+impl Score for Norm {
+    #[inline(always)]
+    fn score(self, _: usize, row: &[f32]) -> f32 {
+        (self.0 * dot(row, row).sqrt()) as f32
     }
+}
+
+pub(super) fn key_norm(isa: Isa, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
     check::segments(layers, out)?;
-    for_each_tile(isa, layers, out, Norm);
+    for_each_tile(isa, layers, HostLayer::k, out, Norm(-1.0));
     Ok(())
+}
+
+/// `‖v‖₂` per slot, into rows that have been checked.
+pub(super) fn value_norm(isa: Isa, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) {
+    for_each_tile(isa, layers, HostLayer::v, out, Norm(1.0));
 }
 
 pub(super) fn key_diff(isa: Isa, layers: &[HostLayer<'_>], out: &mut Ragged<f32>) -> Result<()> {
@@ -116,13 +132,13 @@ pub(super) fn key_diff(isa: Isa, layers: &[HostLayer<'_>], out: &mut Ragged<f32>
         }
     }
     check::segments(layers, out)?;
-    for_each_tile(isa, layers, out, Cosine(&unit_key_means(isa, layers)));
+    for_each_tile(isa, layers, HostLayer::k, out, Cosine(&unit_key_means(isa, layers)));
     Ok(())
 }
 
 /// Sum of a tile's unit keys.
 struct UnitSum<'a> {
-    rows: Keys<'a>,
+    rows: Slots<'a>,
     sums: &'a mut [f64],
 }
 
@@ -151,7 +167,7 @@ fn unit_key_means(isa: Isa, layers: &[HostLayer<'_>]) -> Vec<(Vec<f32>, f64)> {
         .par_iter()
         .map_init(Vec::new, |scratch, &(_, layer, head, start)| {
             let end = layer.k().len(head).min(start + TILE);
-            let rows = Keys { layer, head, slots: start..end, scratch };
+            let rows = Slots { of: layer.k(), head, slots: start..end, scratch };
             let mut sums = vec![0f64; layer.shape().head_dim()];
             isa.run(UnitSum { rows, sums: &mut sums });
             sums

@@ -6,6 +6,7 @@
 mod attend;
 mod attention_spread;
 mod descent;
+mod expected_attention;
 mod intrinsics;
 mod isa;
 mod key_scores;
@@ -28,8 +29,8 @@ use std::sync::{Arc, Mutex};
 use half::{bf16, f16};
 
 use super::ops::{
-    Attend, AttentionSpread, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency,
-    TopK, ValueNorm, WindowAttention,
+    Attend, AttentionSpread, ExpectedAttention, Lag, NormScale, Pool, Positional, Projection,
+    Residuals, Saliency, TopK, ValueNorm, WindowAttention,
 };
 use super::{AttendView, Backend, check};
 use crate::dtype::Dtype;
@@ -40,6 +41,7 @@ use tile::Aligned;
 
 pub(crate) use intrinsics::{LINE, Streamed, prefetch};
 pub use isa::Isa;
+pub(crate) use tile::{gram, widen_rows};
 
 /// Borrowed elements on the host.
 #[derive(Debug, Clone, Copy)]
@@ -184,6 +186,14 @@ impl Backend for Cpu {
         sums: &mut Ragged<f32>,
     ) -> Result<()> {
         self.run(|| attention_spread::run(self.isa, op, layers, out, sums))
+    }
+    fn expected_attention(
+        &self,
+        op: ExpectedAttention,
+        layers: &[HostLayer<'_>],
+        out: &mut Ragged<f32>,
+    ) -> Result<()> {
+        self.run(|| expected_attention::run(self.isa, op, layers, out))
     }
     fn pool(&self, op: &Pool<'_>, rows: &mut Ragged<f32>) -> Result<()> {
         self.run(|| pool::run(op, rows))

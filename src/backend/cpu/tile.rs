@@ -24,7 +24,7 @@ pub(super) fn segments<'a, 'b>(
 }
 
 /// Widens `rows` of a head into consecutive rows of `dst`, which they fill.
-pub(super) fn widen_rows(
+pub(crate) fn widen_rows(
     src: &Rows<'_, HostSlice<'_>>,
     head: usize,
     rows: Range<usize>,
@@ -106,7 +106,7 @@ pub(super) fn matmul_nt_to(k: usize, a: &[f32], b: &[f32], c: &mut [f32], pitch:
 }
 
 /// `c[n, n] = a[k, n]ᵀ · a`, as [`matmul_nt`].
-pub(super) fn gram(n: usize, a: &[f32], c: &mut [f32]) {
+pub(crate) fn gram(n: usize, a: &[f32], c: &mut [f32]) {
     matmul_tn([n, n], a, a, c);
 }
 
@@ -195,6 +195,21 @@ pub(super) fn sum(x: &[f32]) -> f32 {
     for (lane, &x) in lanes.iter_mut().zip(rest) {
         *lane += x;
     }
+    fold(lanes)
+}
+
+/// Dot product in a fixed order.
+#[inline(always)]
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let mut lanes = [0f32; LANES];
+    for (a, b) in a.iter().zip(b) {
+        for l in 0..LANES {
+            lanes[l] += a[l] * b[l];
+        }
+    }
+    let rest = a_rest.iter().zip(b_rest);
+    lanes.iter_mut().zip(rest).for_each(|(lane, (a, b))| *lane += a * b);
     fold(lanes)
 }
 

@@ -9,8 +9,8 @@
 
 use rayon::prelude::*;
 
-use super::isa::{Arithmetic, Isa, Kernel, LANES};
-use super::tile::{self, fold};
+use super::isa::{Arithmetic, Isa, Kernel};
+use super::tile;
 use super::{HostLayer, HostSlice};
 use crate::error::Result;
 use crate::ragged::Ragged;
@@ -143,23 +143,9 @@ impl Kernel for Forms<'_> {
         let Self { dim, rows, products, sums } = self;
         let pairs = rows.chunks_exact(dim).zip(products.chunks_exact(dim));
         for (sum, (value, product)) in sums.iter_mut().zip(pairs) {
-            let square = dot(value, product);
+            let square = tile::dot(value, product);
             let norm = if square.is_finite() { square.max(0.0).sqrt() } else { f32::NAN };
             *sum += f64::from(norm);
         }
     }
-}
-
-#[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    let mut lanes = [0f32; LANES];
-    for (a, b) in a.iter().zip(b) {
-        for l in 0..LANES {
-            lanes[l] += a[l] * b[l];
-        }
-    }
-    let rest = a_rest.iter().zip(b_rest);
-    lanes.iter_mut().zip(rest).for_each(|(lane, (a, b))| *lane += a * b);
-    fold(lanes)
 }

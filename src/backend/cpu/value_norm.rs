@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use super::isa::{Arithmetic, Isa, Kernel, LANES};
 use super::pairs::{self, Left, Packed, Right, Unit};
 use super::tile::{self, Aligned, fold};
-use super::{HostLayer, value_gram};
+use super::{HostLayer, key_scores, value_gram};
 use crate::backend::check;
 use crate::backend::ops::ValueNorm;
 use crate::error::Result;
@@ -40,6 +40,10 @@ pub(super) fn run(
     match op {
         ValueNorm::L1 => l1(isa, layers, out),
         ValueNorm::L2 => value_gram::run(isa, layers, out),
+        ValueNorm::Plain => {
+            key_scores::value_norm(isa, layers, out);
+            Ok(())
+        }
     }
 }
 

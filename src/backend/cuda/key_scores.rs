@@ -1,4 +1,4 @@
-//! Scores that look at keys alone, or at positions alone: launches `kernels/key_scores.cu`.
+//! Scores that look at keys alone, or at positions alone, and plain norms of values: launches `kernels/key_scores.cu`.
 
 use super::driver::{Memory, Ptr};
 use super::floats::Table;
@@ -8,8 +8,8 @@ use super::{Cuda, DeviceLayer, Floats, check};
 use crate::backend::ops::Positional;
 use crate::error::Result;
 
-/// `key_norm_T`: out, lengths, heads, pages, chunks of a key.
-const KEY_NORM: Kernel<(Ptr<Ptr<f32>>, Ptr<u32>, Ptr<HeadRows>, Ptr<u32>, u32)> =
+/// `key_norm_T`: out, lengths, heads, pages, chunks of a row, sign.
+const KEY_NORM: Kernel<(Ptr<Ptr<f32>>, Ptr<u32>, Ptr<HeadRows>, Ptr<u32>, u32, f32)> =
     Kernel::new("key_scores", "key_norm");
 /// `key_cosine_T`: out, lengths, heads, pages, chunks of a key, anchors.
 const KEY_COSINE: Kernel<(Ptr<Ptr<f32>>, Ptr<u32>, Ptr<HeadRows>, Ptr<u32>, u32, Ptr<f32>)> =
@@ -32,15 +32,32 @@ const THREADS: u32 = 256;
 
 pub(super) fn key_norm(cuda: &Cuda, layers: &[DeviceLayer<'_>], out: &mut Floats) -> Result<()> {
     check::segments(layers, out)?;
+    norms(cuda, layers, Heads::keys(layers)?, -1.0, out)
+}
+
+/// `‖v‖₂` per slot, into rows that have been checked.
+pub(super) fn value_norm(cuda: &Cuda, layers: &[DeviceLayer<'_>], out: &mut Floats) -> Result<()> {
+    norms(cuda, layers, Heads::values(layers)?, 1.0, out)
+}
+
+/// Lengths, times a sign, of the keys or values of the layers.
+fn norms(
+    cuda: &Cuda,
+    layers: &[DeviceLayer<'_>],
+    rows: Heads,
+    sign: f32,
+    out: &mut Floats,
+) -> Result<()> {
     let parts = Uniform::of(layers)?;
     let mut table = Table::default();
-    let keys = Heads::keys(layers)?.into_table(&mut table);
+    let rows = rows.into_table(&mut table);
     let sent = table.send(cuda)?;
     for Uniform { dtype, chunks, segments, .. } in parts {
         let first = segments.start;
         let grid = grid(out, SCORE_ROWS, segments.len());
-        let (heads, pages) = (sent.at(keys.rows).add(first), sent.at(keys.pages));
-        let arguments = (out.rows().add(first), out.lengths().add(first), heads, pages, chunks);
+        let (heads, pages) = (sent.at(rows.rows).add(first), sent.at(rows.pages));
+        let (out, lengths) = (out.rows().add(first), out.lengths().add(first));
+        let arguments = (out, lengths, heads, pages, chunks, sign);
         KEY_NORM.launch(&cuda.driver, dtype, grid, arguments)?;
     }
     Ok(())

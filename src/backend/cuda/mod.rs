@@ -13,6 +13,7 @@ mod attend;
 mod attention_spread;
 pub mod cache;
 mod driver;
+mod expected_attention;
 mod floats;
 mod gather;
 mod key_scores;
@@ -41,8 +42,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::ops::{
-    Attend, AttentionSpread, Lag, NormScale, Pool, Positional, Projection, Residuals, Saliency,
-    TopK, ValueNorm, WindowAttention,
+    Attend, AttentionSpread, ExpectedAttention, Lag, NormScale, Pool, Positional, Projection,
+    Residuals, Saliency, TopK, ValueNorm, WindowAttention,
 };
 use super::{AttendView, Backend, check};
 use crate::dtype::{Dtype, Element};
@@ -242,6 +243,14 @@ impl Backend for Cuda {
     ) -> Result<()> {
         attention_spread::run(self, op, layers, out, sums)
     }
+    fn expected_attention(
+        &self,
+        op: ExpectedAttention,
+        layers: &[DeviceLayer<'_>],
+        out: &mut Floats,
+    ) -> Result<()> {
+        expected_attention::run(self, op, layers, out)
+    }
     fn pool(&self, op: &Pool<'_>, rows: &mut Floats) -> Result<()> {
         pool::run(self, op, rows)
     }
@@ -380,6 +389,7 @@ fn signatures() -> Vec<ptx::tests::Signature> {
         saliency::signatures(),
         attend::signatures(),
         attention_spread::signatures(),
+        expected_attention::signatures(),
     ]
     .into_iter()
     .flatten()

@@ -12,6 +12,7 @@ pub(super) const FILES: &[(&str, &str)] = files! {
     "attend_mma"
     "attention_spread"
     "compact"
+    "expected_attention"
     "gather"
     "key_scores"
     "lag"

@@ -28,6 +28,40 @@ const CHANNELS: usize = 256;
 /// Bytes of a 16 x 16 block of a matrix: three bf16 terms.
 const BLOCK: usize = 3 * 16 * 16 * 2;
 
+/// Bytes of a matrix in three bf16 terms.
+pub(super) fn matrix_bytes(dim: usize) -> usize {
+    blocks(dim) * BLOCK
+}
+
+/// Blocks of a matrix on and above its diagonal.
+fn blocks(dim: usize) -> usize {
+    let side = dim.div_ceil(32) * 2;
+    side * (side + 1) / 2
+}
+
+/// Side of a matrix of sums, of which the tiles on and above the diagonal are read.
+pub(super) fn padded(dim: usize) -> usize {
+    dim.next_multiple_of(TILE)
+}
+
+/// Adds up the `parts` of the sums of so many matrices, into terms.
+pub(super) fn make_terms(
+    cuda: &Cuda,
+    sums: Ptr<f32>,
+    parts: usize,
+    matrices: usize,
+    dim: usize,
+    terms: Ptr<u8>,
+) -> Result<()> {
+    let grid = Grid::new(blocks(dim).div_ceil(8), matrices, 256);
+    TERMS.launch(&cuda.driver, "", grid, (sums, parts as u32, dim as u32, terms))
+}
+
+/// Rows of a block.
+pub(super) fn rows_of(variant: &str) -> usize {
+    if variant == "bf16_128" { 256 } else { 128 }
+}
+
 /// A query head's columns. The twin of `Columns` in `kernels/value_gram.cu`.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
@@ -40,15 +74,15 @@ struct Columns {
     unused: u32,
 }
 
-/// The query heads of a segment. The twin of `Group`.
+/// The query heads of a segment. The twin of `Group` in `kernels/quadratic.cuh`.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
-struct Group {
+pub(super) struct Group {
     /// First of their matrices, and how many.
-    first: u32,
-    heads: u32,
-    /// Row of the norms.
-    row: u32,
+    pub first: u32,
+    pub heads: u32,
+    /// Row of the results.
+    pub row: u32,
 }
 
 /// The segments of one launch: of one dtype and head dim.
@@ -118,24 +152,23 @@ impl Launch {
         let channels = self.columns.iter().map(|c| c.hidden as usize).max().unwrap_or(0);
         let room = 8 * cuda.driver.processors as usize / (pairs * heads).max(1);
         let parts = room.min(channels.div_ceil(CHANNELS)).max(1);
-        let side = dim.div_ceil(32) * 2;
-        let blocks = side * (side + 1) / 2;
 
         let mut table = Table::default();
         let values = self.values.into_table(&mut table);
         let (groups, columns) = (table.push(&self.groups), table.push(&self.columns));
         let sent = table.send(cuda)?;
-        let terms = parts * heads * (tiles * TILE).pow(2) * size_of::<f32>();
-        let workspace = Memory::new(&cuda.driver, "Gram matrices", terms + heads * blocks * BLOCK)?;
-        let (terms, dim) = (workspace.at(terms), dim as u32);
+        let terms = parts * heads * padded(dim).pow(2) * size_of::<f32>();
+        let bytes = terms + heads * matrix_bytes(dim);
+        let workspace = Memory::new(&cuda.driver, "Gram matrices", bytes)?;
+        let terms = workspace.at(terms);
 
         let mut grid = Grid::new(pairs, heads, 64);
         grid.blocks.2 = parts as u32;
-        SUMS.launch(&cuda.driver, dtype, grid, (sent.at(columns), dim, workspace.at(0)))?;
-        let grid = Grid::new(blocks.div_ceil(8), heads, 256);
-        TERMS.launch(&cuda.driver, "", grid, (workspace.at(0), parts as u32, dim, terms))?;
+        let arguments = (sent.at(columns), dim as u32, workspace.at(0));
+        SUMS.launch(&cuda.driver, dtype, grid, arguments)?;
+        make_terms(cuda, workspace.at(0), parts, heads, dim, terms)?;
         let variant = format!("{dtype}_{template}");
-        let rows = if variant == "bf16_128" { 256 } else { 128 };
+        let rows = rows_of(&variant);
         let grid = Grid::new(self.longest.div_ceil(rows), self.groups.len(), 256);
         let arguments = (
             sent.at(values.rows),
@@ -143,7 +176,7 @@ impl Launch {
             sent.at(groups),
             out.lengths(),
             terms,
-            dim,
+            dim as u32,
             out.rows(),
         );
         VALUE_GRAM.launch(&cuda.driver, &variant, grid, arguments)

@@ -8,7 +8,7 @@ use super::driver::{Memory, Ptr};
 use super::floats::Table;
 use super::launch::{Grid, Kernel};
 use super::views::{HeadRows, Heads};
-use super::{Cuda, DeviceLayer, Floats, check, value_gram as gram};
+use super::{Cuda, DeviceLayer, Floats, check, key_scores, value_gram as gram};
 use crate::backend::ops::ValueNorm;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -56,6 +56,7 @@ pub(super) fn run(
     match op {
         ValueNorm::L1 => l1(cuda, layers, out),
         ValueNorm::L2 => gram::l2(cuda, layers, out),
+        ValueNorm::Plain => key_scores::value_norm(cuda, layers, out),
     }
 }
 

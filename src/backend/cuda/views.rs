@@ -145,6 +145,13 @@ impl Heads {
         Ok(heads)
     }
 
+    /// Values of all segments of some views.
+    pub(super) fn values(layers: &[DeviceLayer<'_>]) -> Result<Self> {
+        let mut heads = Self::default();
+        layers.iter().try_for_each(|layer| heads.push("values", layer.v()).map(drop))?;
+        Ok(heads)
+    }
+
     pub(super) fn into_table(self, table: &mut Table) -> HeadSlots {
         HeadSlots { rows: table.push(&self.rows), pages: table.push(&self.pages) }
     }

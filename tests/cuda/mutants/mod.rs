@@ -11,6 +11,7 @@ mod attend;
 mod attention_spread;
 mod compact;
 mod edit;
+mod expected_attention;
 mod gather;
 mod key_scores;
 mod lag;
@@ -62,6 +63,7 @@ const MUTANTS: &[&[Mutant]] = &[
     attend::MUTANTS,
     attention_spread::MUTANTS,
     compact::MUTANTS,
+    expected_attention::MUTANTS,
     gather::MUTANTS,
     key_scores::MUTANTS,
     lag::MUTANTS,

@@ -21,7 +21,7 @@ mutants! {
         "value_gram_bf16_128": "one of four lanes forgotten",
             [0..1, 8] "shfl.sync.bfly.b32 $1|$2, $3, $4, $5, $6;" => "mov.b32 $1, $3;"; Reference;
         "value_gram_bf16_128": "squares in place of norms", [0..4, 4] "sqrt.rn.f32 $1, $2;" => "mov.f32 $1, $2;"; Reference;
-        "value_gram_bf16_128": "slots past the last", [0..4, 4] "or.pred $1, $2, $3;" => "mov.pred $1, $2;"; By(OutOfBounds);
+        "value_gram_bf16_128": "slots past the last", [0..4, 4] "and.pred $1, $2, $3;" => "mov.pred $1, $2;"; By(OutOfBounds);
         "value_gram_f32_128": "what a value's first term lacks left out",
             [0..256, 256] "sub.f32 $1, $2, $3;" => "mov.f32 $1, 0f00000000;"; Reference;
     }

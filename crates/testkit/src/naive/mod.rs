@@ -5,6 +5,7 @@
 
 mod attend;
 mod attention_spread;
+mod expected_attention;
 mod key_scores;
 mod lag;
 mod pool;
@@ -18,6 +19,7 @@ mod window_attention;
 
 pub use attend::attend;
 pub use attention_spread::attention_spread;
+pub use expected_attention::expected_attention;
 pub use key_scores::{key_diff, key_norm};
 pub use lag::lag;
 pub use num_traits::Float;

@@ -1,4 +1,4 @@
-//! Value norms of one KV head: `mean_g ‖v · W_o[g]‖`, with `W_o[g]` the columns of query head `g` of its group.
+//! Value norms of one KV head: `mean_g ‖v · W_o[g]‖`, with `W_o[g]` the columns of query head `g` of its group; and `‖v‖`.
 
 use kvbudget::backend::ops::ValueNorm;
 
@@ -16,7 +16,7 @@ pub fn value_norm<F: Float>(
     for g in query_heads.clone() {
         let w: Vec<&[F]> = o_proj.iter().map(|w| &w[g * d..][..d]).collect();
         let gram = match op {
-            ValueNorm::L1 => Matrix::new(),
+            ValueNorm::L1 | ValueNorm::Plain => Matrix::new(),
             ValueNorm::L2 => gram(&w, d),
         };
         for (norm, value) in norms.iter_mut().zip(v) {
@@ -24,6 +24,7 @@ pub fn value_norm<F: Float>(
                 + match op {
                     ValueNorm::L1 => sum(w.iter().map(|w| dot(value, w).abs())),
                     ValueNorm::L2 => root(sum((0..d).map(|i| value[i] * dot(value, &gram[i])))),
+                    ValueNorm::Plain => dot(value, value).sqrt(),
                 };
         }
     }

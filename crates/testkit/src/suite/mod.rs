@@ -5,6 +5,7 @@
 
 pub mod attend;
 pub mod attention_spread;
+pub mod expected_attention;
 pub mod key_scores;
 pub mod lag;
 pub mod pool;
@@ -36,6 +37,7 @@ macro_rules! for_each_case {
                 errors;
             attention_spread: lengths windows gammas shapes storage log_sum_exps many_rows long_heads compressed batches alike
                 non_finite golden errors;
+            expected_attention: lengths sinks shapes storage compressed batches peaky non_finite errors;
             key_scores: norms differences storage wide magnitudes no_direction non_finite recency random errors;
             lag: cross_scores ranks storage wide ties short_heads flat_channels non_finite errors;
             pool: averages maxima non_finite errors;
@@ -47,7 +49,7 @@ macro_rules! for_each_case {
             top_k: lengths values floors contests tiles parts random_problems pins drops masses free_masses errors;
             top_k_golden: cases;
             value_norm: lengths shapes widths blocks storage batches compressed zeros gram_shapes gram_widths gram_channels
-                gram_batches gram_zeros errors;
+                gram_batches gram_zeros plain errors;
             window_attention: lengths windows reductions shapes dims many_rows long_rows storage log_sum_exps keys
                 gaps compressed batches probes non_finite errors;
         }

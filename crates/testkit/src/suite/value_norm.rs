@@ -189,6 +189,34 @@ pub fn gram_zeros<D: TestDevice>(device: &D) {
     }
 }
 
+/// Without the projection: lengths and head dims, every layout, many sequences; values whose squares no f32 holds, none, infinite ones.
+pub fn plain<D: TestDevice>(device: &D) {
+    let check = |case: &dyn Debug, layers: &[Layer]| {
+        let norm = |l: &Layer, h| naive::value_norm(ValueNorm::Plain, &l.v.head(h), &vec![], 0..1);
+        let baseline =
+            |l: &Layer, h| naive::value_norm(ValueNorm::Plain, &l.v.head(h), &vec![], 0..1);
+        let got = scored(device, layers, |backend, views, out| {
+            backend.value_norm(ValueNorm::Plain, views, out)
+        });
+        Expected::of_heads(layers, norm, baseline).check(case, got, Scale::Element);
+    };
+    for tokens in [1, 31, 33, 129, 300] {
+        check(&tokens, &[Spec { tokens, ..Spec::default() }.build()]);
+    }
+    for dim in [8, 64, 136, 256] {
+        check(&dim, &[Spec { dim, ..Spec::default() }.build()]);
+    }
+    for spec in stored(&Spec { dim: 80, ..Spec::default() }) {
+        check(&spec, &[spec.build()]);
+    }
+    check(&"batch", &batch(&Spec::default()));
+    let clean = Spec::default().build();
+    for factor in [0.0, f64::NAN, f64::INFINITY] {
+        let v = clean.v.with_row_scaled(1, 5, &[factor; 16]);
+        check(&factor, &[Layer { v, ..clean.clone() }]);
+    }
+}
+
 /// Without an output projection there is no norm.
 pub fn errors<D: TestDevice>(device: &D) {
     let layers = [Spec::default().build()];

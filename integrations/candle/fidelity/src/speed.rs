@@ -124,6 +124,9 @@ fn subject(bench: &Bench, variant: Option<&Variant>) -> Result<Subject> {
     let (policy, budget) = variant.build()?;
     let (config, o_proj) = (policy.config().clone(), bench.output_projections().to_vec());
     let mut cache = BudgetCache::new(bench.geometry().clone(), o_proj, config, budget)?;
+    if cache.wants_rope() {
+        cache = cache.with_rope(bench.model().rope()?);
+    }
     cache.add_sequence()?;
     Ok(Subject::Budget(Box::new(cache), !variant.is_full()))
 }

@@ -44,6 +44,9 @@ struct Args {
     /// Dump the norms of the rows that enter each layer (guikv)
     #[arg(long)]
     hidden_norms: bool,
+    /// Dump what is expected of the queries at so many positions behind the context, 512 as published; 0 for nothing (expected-attention)
+    #[arg(long, default_value_t = 0)]
+    expected: u32,
     /// What stretches of the context are, such as system:0..20,frame:20..276
     #[arg(long, default_value = "")]
     spans: Spans,
@@ -122,6 +125,7 @@ fn main() -> Result<()> {
             Dtype::F32 => DType::F32,
         },
         hidden_norms: args.hidden_norms,
+        expected: args.expected,
         probe: probe.transpose()?.unwrap_or_default(),
         spans: args.spans,
     };

@@ -31,15 +31,19 @@ pub struct Compressed {
 }
 
 impl<'b> Dense<'b> {
-    /// Keeps the queries that any of the variants asks for.
+    /// Keeps the queries, and gathers of them, what any of the variants asks for.
     pub fn new(bench: &'b Bench, variants: impl Iterator<Item = &'b Variant>) -> Result<Self> {
-        let (mut queries, mut second_pass) = (Queries::None, false);
+        let (mut queries, mut second_pass, mut expected) = (Queries::None, false, false);
         for variant in variants {
             let needs = variant.build()?.0.needs();
             queries = queries.max(needs.queries);
             second_pass |= needs.second_pass;
+            expected |= needs.expected_queries;
         }
         let mut cache = bench.cache()?.with_queries(queries);
+        if expected {
+            cache = cache.with_rope(bench.model.rope()?);
+        }
         cache.add_sequence()?;
         Ok(Self { bench, cache, ids: Vec::new(), second_pass, scores: Vec::new() })
     }
