@@ -10,9 +10,9 @@
 //! response   all   moved moved moved moved all   moved …     all
 //! ```
 //!
-//! *Moved* rows are those whose new value is least like the one in the cache: values cost one product per layer and tell which rows are worth
-//! the rest. A refresh of the prompt takes the response along: prompt rows look at it, and its masks vote on what is kept.
-//! Whether a refresh votes again the paper does not say; here it does, unless told otherwise.
+//! *Moved* rows are those whose new value is least like the one in the cache: values cost one product per layer and tell which
+//! rows are worth the rest. A refresh of the prompt takes the response along: prompt rows look at it, and its masks vote on what
+//! is kept. Whether a refresh votes again the paper does not say; here it does, unless told otherwise.
 
 use crate::budget::Fraction;
 use crate::error::{Error, Result};
@@ -34,8 +34,8 @@ pub struct Refresh {
     pub prompt: bool,
     /// All rows of the response.
     pub response: bool,
-    /// Which slots stay is decided, from this step's queries. Where the prompt is refreshed without, the slots at the positions kept before are
-    /// taken from the new rows.
+    /// Which slots stay is decided, from this step's queries. Where the prompt is refreshed without, those at the positions kept
+    /// before are taken from the new rows.
     pub select: bool,
 }
 
@@ -94,8 +94,8 @@ impl RefreshPolicy {
         }
     }
 
-    /// Rows to compute again in a step that does not refresh the response, ascending. `cosines`: of each row's value with the one in the
-    /// cache; NaN, where nothing is known, counts as having moved most.
+    /// Rows to compute again in a step that does not refresh the response, ascending. `cosines`: of each row's value with the one
+    /// in the cache; NaN, where nothing is known, counts as having moved most.
     pub fn moved(&self, cosines: &[f64]) -> Vec<u32> {
         let known = |row: &u32| Some(cosines[*row as usize]).filter(|cosine| !cosine.is_nan());
         let below = |row: &u32| match (known(row), self.delta) {

@@ -292,8 +292,8 @@ fn planned(
     Ok(planner.finish()?.remove(0))
 }
 
-/// The plan is that of plain votes by the rows still masked, and by no others; it meets its budget, layer by layer and in sum, and the response
-/// stays.
+/// The plan is that of plain votes by the rows still masked, and by no others; it meets its budget, layer by layer and in sum,
+/// and the response stays.
 #[test]
 fn masks_vote_and_the_response_stays() -> Result<()> {
     let (model, prompt) = (model(6, 4)?, prompt(6, PROMPT));

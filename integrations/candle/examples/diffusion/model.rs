@@ -23,8 +23,8 @@ const CONFIG: Config = Config {
     rms_eps: 1e-6,
     tied: false,
 };
-/// Deviation of the attention's logits. At 1, as plain random weights have it, queries look nearly everywhere: the best sixth of a prompt
-/// has 40 % of what a mask pays to all of it. At 3 it has 87 %, and it matters what is evicted.
+/// Deviation of the attention's logits. At 1, as plain random weights have it, queries look nearly everywhere: the best sixth of
+/// a prompt has 40 % of what a mask pays to all of it. At 3 it has 87 %, and it matters what is evicted.
 const SHARPNESS: f64 = 3.0;
 
 /// A model of `layers` layers.

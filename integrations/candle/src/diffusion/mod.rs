@@ -1,11 +1,11 @@
 //! Denoising with an evicted prompt: MaskKV (arXiv 2510.09309) and any other policy on a diffusion language model.
 //!
-//! The model is a [`Qwen3`]'s layers without the causal mask. Its sequence is a prompt and a response that starts as masks; every step runs the
-//! model and says what the masks may be, and the caller [writes](Denoiser::write) the surest.
+//! The model is a [`Qwen3`]'s layers without the causal mask. Its sequence is a prompt and a response that starts as masks; every
+//! step runs the model and says what the masks may be, and the caller [writes](Denoiser::write) the surest.
 //!
-//! Between steps a layer holds keys and values of the prompt slots that the policy keeps and of the whole response, and what attention and MLP
-//! added to the response's rows, so that rows that hardly moved need not be run again ([`RefreshPolicy`]). Of the prompt it holds
-//! nothing else. The response's keys and values stand twice, in the cache and beside it: it is short.
+//! Between steps a layer holds keys and values of the prompt slots that the policy keeps and of the whole response, and what
+//! attention and MLP added to the response's rows, so that rows that hardly moved need not be run again ([`RefreshPolicy`]). Of
+//! the prompt it holds nothing else. The response's keys and values stand twice, in the cache and beside it: it is short.
 
 mod bidirectional;
 mod importance;

@@ -1,5 +1,5 @@
-//! What a denoiser must compute, the plain way: all rows run through the model, keys and values of the prompt are replaced by older ones,
-//! and what a plan evicts is left out of the sums. Loops in f64; shares no code with the denoiser.
+//! What a denoiser must compute, the plain way: all rows run through the model, keys and values of the prompt are replaced by
+//! older ones, and what a plan evicts is left out of the sums. Loops in f64; shares no code with the denoiser.
 
 use candle_core::{DType, Device, Result, Tensor};
 use kvbudget::Plan;
