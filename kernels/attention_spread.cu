@@ -17,7 +17,7 @@
 // gates: attention_spread_64 HMMA.16816.F32==32 HMMA.16816.F32.BF16==16 LDSM.16.M88.4==16 MUFU.EX2==16 registers<=168
 // gates: attention_spread_128 HMMA.16816.F32==64 HMMA.16816.F32.BF16==32 MUFU.EX2==16 registers<=168
 // gates: attention_spread_256 HMMA.16816.F32==128 HMMA.16816.F32.BF16==64 MUFU.EX2==16 registers<=255
-// gates: attention_spread_f32 FFMA>=64 MUFU.EX2==16 registers<=168
+// gates: attention_spread_f32 FFMA>=64 MUFU.EX2>=16 registers<=168
 // gates: attention_spread_sums DADD STG.E
 #include "window_attention.cuh"
 
