@@ -4,8 +4,8 @@
 //! [`QueryMoments`] gathers them while a prompt is read; [`ExpectedQueries`] are what RoPE makes of them at the positions to
 //! come: `μ ← R̄μ`, `Σ ← R̄ΣR̄ᵀ` with the mean rotation `R̄`.
 //!
-//! Cost: `Hq·D²` flops per token and twice the memory in f64 per layer. Blocks of rows are centred and multiplied in f32; blocks are merged in
-//! f64 about their means (Chan, Golub and LeVeque), so that no large sums cancel.
+//! Cost: `2·Hq·D²` flops per token, `8·Hq·D²` bytes per layer. Blocks of rows are centred and multiplied in f32 and merged in f64 about their
+//! means (Chan, Golub and LeVeque): no large sums cancel.
 
 use std::ops::Range;
 

@@ -11,7 +11,7 @@
 //! * `epsilon=0.01` or `0.02` leave a slot that nobody is expected to look at the size of its value: variants that keep
 //!   needles.
 //! * `value_norm=l1` or `l2` weigh with what the value writes instead; they need the output projection.
-//! * Cost: two passes over K, one over V, `2·Hq·D²·T` flops, and as much while the queries are gathered.
+//! * Cost: a pass over K and one over V, `2·Hq·D²·T` flops, and as many while the queries are gathered.
 
 use super::{Needs, Scored, Scorer, segment_lens};
 use crate::backend::Backend;

@@ -196,7 +196,8 @@ impl SequenceCache {
             }
         };
         let queries = queries.as_ref().map(Lent::new).transpose()?;
-        let expected = self.moments.as_ref().map(|m| m.expected(layer, view.tokens())).transpose()?;
+        let expected =
+            self.moments.as_ref().map(|m| m.expected(layer, view.tokens())).transpose()?;
         let o_proj = o_proj.map(Lent::new).transpose()?;
         // From here on the view lives no longer than these loans.
         let mut view = view;

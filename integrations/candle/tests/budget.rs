@@ -28,7 +28,10 @@ fn model() -> Result<Llama> {
 
 /// The published combinations that score from the prompt alone, or from what is gathered of it.
 fn policies() -> Vec<PolicyConfig> {
-    let all = PRESETS.iter().chain(&["expected-attention"]).map(|name| preset(name).expect("a preset has its own name"));
+    let all = PRESETS
+        .iter()
+        .chain(&["expected-attention"])
+        .map(|name| preset(name).expect("a preset has its own name"));
     let needs = |p: &PolicyConfig| -> Needs {
         p.build::<kvbudget::backend::cpu::Cpu>().expect("presets build").needs()
     };
