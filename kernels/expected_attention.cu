@@ -11,8 +11,8 @@
 //   expected_attention_mean:   out; grid (ceil(longest / 1024), segments), 256 threads
 //
 // Query heads, logits and sums are numbered by groups[s].first. NaN among the logits makes the sum NaN, and with it all of the head.
-// Logits take 2 D * D flops each, on tensor cores (see quadratic.cuh). They stay in memory, 4 bytes for the 2 D of a key and query head's
-// share in it: read three times, from L2. One block adds up a query head.
+// Logits take 2 D * D flops each, on tensor cores (see quadratic.cuh). They stay in memory and are read three times, from L2. One block
+// adds up a query head.
 // Source: ExpectedAttention (arXiv 2510.00636).
 // gates: expected_attention_logits_* HMMA.16816.F32.BF16 LDG.E.128 !LDS !BAR
 // gates: expected_attention_sums MUFU.EX2 DADD registers<=64
