@@ -7,7 +7,7 @@ use super::driver::{Memory, Ptr};
 use super::floats::Table;
 use super::launch::{Grid, Kernel};
 use super::views::HeadRows;
-use super::window_attention::{self, Inputs, Operands, Part, Plan, Query, Segment};
+use super::window_attention::{self, Inputs, Part, Plan, Query, Segment};
 use super::{Cuda, DeviceLayer, Floats, check};
 use crate::backend::ops::{AttentionSpread, Reduce, WindowAttention};
 use crate::error::Result;
@@ -66,16 +66,17 @@ pub(super) fn run(
 ) -> Result<()> {
     check::attention_spread(op, layers, out, sums)?;
     let attention = WindowAttention::plain(op.window, Reduce::Mean);
-    let Inputs { rows, heads, queries, ends } = Inputs::of(&attention, layers)?;
-    let plan = Plan::new(&attention, false, &heads, cuda.driver.processors)?;
+    let inputs = Inputs::of(&attention, layers)?;
+    let plan = Plan::new(&attention, false, &inputs.heads, cuda.driver.processors)?;
 
-    let mut of_heads = vec![Parts::zeroed(); heads.len()];
+    let count = inputs.heads.len();
+    let mut of_heads = vec![Parts::zeroed(); count];
     let mut passes = Vec::new();
     let (mut parts, mut moments) = (0, 0);
     for (part, segments) in plan.parts() {
         let pass = Pass::new(part, segments, cuda.driver.processors, parts, moments);
         for segment in segments {
-            let count = heads[segment.row as usize].longest.div_ceil(pass.chunk);
+            let count = inputs.heads[segment.row as usize].longest.div_ceil(pass.chunk);
             of_heads[segment.row as usize] = Parts { first: parts, count, unused: 0 };
             parts += u64::from(pass.chunks);
         }
@@ -86,26 +87,14 @@ pub(super) fn run(
     }
 
     let mut table = Table::default();
-    let segments = table.push(plan.segments());
-    let queries = table.push(&queries);
-    let ends = table.push(&ends);
+    let slots = inputs.into_table(&plan, &mut table);
     let of_heads = table.push(&of_heads);
-    let rows = rows.into_table(&mut table);
     let sent = table.send(cuda)?;
     let stats = plan.stats_bytes();
     let bytes_of_parts = parts as usize * size_of::<[f64; 2]>();
     let bytes = stats + bytes_of_parts + moments as usize * size_of::<[f32; 2]>();
     let workspace = Memory::new(&cuda.driver, "sums of attention", bytes)?;
-    let operands = Operands {
-        segments: sent.at(segments),
-        queries: sent.at(queries),
-        keys: sent.at(rows.rows),
-        pages: sent.at(rows.pages),
-        lengths: out.lengths(),
-        ends: sent.at(ends),
-        out: out.rows(),
-        means: Ptr::NULL,
-    };
+    let operands = slots.operands(&sent, out);
     window_attention::statistics(&cuda.driver, &plan, &operands, workspace.at(0))?;
     let parts = workspace.at::<[f64; 2]>(stats);
     for ((part, _), pass) in plan.parts().zip(passes) {
@@ -128,7 +117,6 @@ pub(super) fn run(
         let grid = Grid::new(pass.chunks as usize, part.count, pass.threads);
         SPREAD.launch(&cuda.driver, part.template.variant, grid, arguments)?;
     }
-    let count = heads.len();
     let grid = Grid::new(count.div_ceil(128), 1, 128);
     let arguments = (sent.at(of_heads), parts, sums.rows(), count as u32);
     SUMS.launch(&cuda.driver, "", grid, arguments)

@@ -7,7 +7,7 @@ use super::driver::{Memory, Ptr};
 use super::floats::Table;
 use super::launch::{Grid, Kernel};
 use super::views::HeadRows;
-use super::window_attention::{self, Inputs, Operands, Part, Plan, Query, Segment, limit};
+use super::window_attention::{self, Inputs, Part, Plan, Query, Segment, limit};
 use super::{Cuda, DeviceLayer, Floats, check};
 use crate::backend::ops::{Projection, Reduce, WindowAttention};
 use crate::error::Result;
@@ -67,24 +67,24 @@ pub(super) fn run(
     let radius = kernel / 2;
     let attention =
         WindowAttention { score_window: true, ..WindowAttention::plain(op.window, Reduce::Mean) };
-    let Inputs { mut rows, heads, queries, ends } = Inputs::of(&attention, layers)?;
-    let plan = Plan::new(&attention, false, &heads, cuda.driver.processors)?;
+    let mut inputs = Inputs::of(&attention, layers)?;
+    let plan = Plan::new(&attention, false, &inputs.heads, cuda.driver.processors)?;
     let mut first_value = None;
     for layer in layers {
-        let values = rows.push("values", layer.v())?;
+        let values = inputs.rows.push("values", layer.v())?;
         first_value.get_or_insert(values.start);
     }
 
     let chunk_of: Vec<Chunks> =
         plan.parts().map(|(part, _)| Chunks::of(part, cuda.driver.processors)).collect();
     let range = |r: usize| (op.anchor[r].start, op.anchor[r].end);
-    let mut anchors = vec![Anchor::zeroed(); heads.len()];
+    let mut anchors = vec![Anchor::zeroed(); inputs.heads.len()];
     let (mut outputs, mut partials) = (0, 0);
     for ((_, segments), chunks) in plan.parts().zip(&chunk_of) {
         for segment in segments {
             let (first, end) = range(segment.row as usize);
             anchors[segment.row as usize] = Anchor { first, end, outputs, partials };
-            let dim = heads[segment.row as usize].dim;
+            let dim = inputs.heads[segment.row as usize].dim;
             let floats = u64::from(segment.group * segment.window) * u64::from(dim);
             outputs += floats;
             partials += floats * u64::from((end - first).div_ceil(chunks.read));
@@ -92,27 +92,15 @@ pub(super) fn run(
     }
 
     let mut table = Table::default();
-    let segments = table.push(plan.segments());
-    let queries = table.push(&queries);
-    let ends = table.push(&ends);
+    let slots = inputs.into_table(&plan, &mut table);
     let anchors = table.push(&anchors);
-    let rows = rows.into_table(&mut table);
     let sent = table.send(cuda)?;
     // Statistics, outputs, their parts: in units of 16 bytes each.
     let stats = plan.stats_bytes();
     let floats = size_of::<f32>() as u64;
     let bytes = stats + ((outputs + partials) * floats) as usize;
     let workspace = Memory::new(&cuda.driver, "outputs of a projection", bytes)?;
-    let operands = Operands {
-        segments: sent.at(segments),
-        queries: sent.at(queries),
-        keys: sent.at(rows.rows),
-        pages: sent.at(rows.pages),
-        lengths: out.lengths(),
-        ends: sent.at(ends),
-        out: out.rows(),
-        means: Ptr::NULL,
-    };
+    let operands = slots.operands(&sent, out);
     window_attention::statistics(&cuda.driver, &plan, &operands, workspace.at(0))?;
 
     let (values, anchors) = (operands.keys.add(first_value.unwrap_or(0)), sent.at(anchors));

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use bytemuck::Zeroable;
 
 use super::driver::{Driver, Memory, Ptr};
-use super::floats::Table;
+use super::floats::{Sent, Slot, Table};
 use super::launch::{Grid, Kernel};
-use super::views::{HeadRows, Heads};
+use super::views::{HeadRows, HeadSlots, Heads};
 use super::{Cuda, DeviceLayer, DeviceSlice, Floats, check};
 use crate::backend::ops::WindowAttention;
 use crate::error::{Error, Result};
@@ -185,25 +185,14 @@ pub(super) fn run(
     mean: Option<&mut Floats>,
 ) -> Result<()> {
     check::window_attention(op, layers, out, mean.as_deref())?;
-    let Inputs { rows, heads, queries, ends } = Inputs::of(op, layers)?;
-    let plan = Plan::new(op, mean.is_some(), &heads, cuda.driver.processors)?;
+    let inputs = Inputs::of(op, layers)?;
+    let plan = Plan::new(op, mean.is_some(), &inputs.heads, cuda.driver.processors)?;
     let mut table = Table::default();
-    let segments = table.push(plan.segments());
-    let queries = table.push(&queries);
-    let ends = table.push(&ends);
-    let rows = rows.into_table(&mut table);
+    let slots = inputs.into_table(&plan, &mut table);
     let sent = table.send(cuda)?;
     let workspace = Memory::new(&cuda.driver, "window attention", plan.workspace_bytes())?;
-    let operands = Operands {
-        segments: sent.at(segments),
-        queries: sent.at(queries),
-        keys: sent.at(rows.rows),
-        pages: sent.at(rows.pages),
-        lengths: out.lengths(),
-        ends: sent.at(ends),
-        out: out.rows(),
-        means: mean.map_or(Ptr::NULL, |mean| mean.rows()),
-    };
+    let means = mean.map_or(Ptr::NULL, |mean| mean.rows());
+    let operands = Operands { means, ..slots.operands(&sent, out) };
     launch(&cuda.driver, &plan, &operands, workspace.at(0))
 }
 
@@ -255,6 +244,41 @@ impl Inputs {
             }
         }
         Ok(Self { rows, heads, queries, ends })
+    }
+}
+
+/// Where a table has a plan's segments, and what the views lend.
+pub(super) struct InputSlots {
+    segments: Slot<Segment>,
+    queries: Slot<Query>,
+    ends: Slot<u32>,
+    rows: HeadSlots,
+}
+
+impl Inputs {
+    pub(super) fn into_table(self, plan: &Plan, table: &mut Table) -> InputSlots {
+        InputSlots {
+            segments: table.push(plan.segments()),
+            queries: table.push(&self.queries),
+            ends: table.push(&self.ends),
+            rows: self.rows.into_table(table),
+        }
+    }
+}
+
+impl InputSlots {
+    /// Of a plan without means.
+    pub(super) fn operands(&self, sent: &Sent, out: &Floats) -> Operands {
+        Operands {
+            segments: sent.at(self.segments),
+            queries: sent.at(self.queries),
+            keys: sent.at(self.rows.rows),
+            pages: sent.at(self.rows.pages),
+            lengths: out.lengths(),
+            ends: sent.at(self.ends),
+            out: out.rows(),
+            means: Ptr::NULL,
+        }
     }
 }
 
